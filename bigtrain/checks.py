@@ -1,0 +1,240 @@
+"""The rules of a config that need more than one field, or a range. Imports neither torch nor DeepSpeed."""
+
+from __future__ import annotations
+
+from bigtrain.config import (
+    LABELLED_TASKS,
+    AccelerateConfig,
+    AdafactorConfig,
+    AdamW8bitConfig,
+    AdamWConfig,
+    Config,
+    DecoderConfig,
+    EncoderConfig,
+    LabelledDataConfig,
+    MaskedLMConfig,
+    ModelConfig,
+    MuonConfig,
+    QuestionAnsweringConfig,
+    Seq2SeqConfig,
+    TextDataConfig,
+    micro_batch,
+)
+from bigtrain.errors import ConfigError
+
+
+def check(config: Config) -> None:
+    """The rules that need more than one field, or a range. Raises ConfigError at the first that is broken."""
+    _check_model(config.model)
+    _check_task(config)
+    _check_data(config)
+    _check_engine(config)
+    _check_optimization(config)
+    _check_train(config)
+    _check_launch(config)
+
+
+def _positive(path: str, value: float | None, least: float = 1) -> None:
+    if value is not None and not value >= least:
+        raise ConfigError(path, value, f"must be at least {least:g}")
+
+
+def _fraction(path: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ConfigError(path, value, "must be at least 0 and below 1")
+
+
+def _check_model(model: ModelConfig) -> None:
+    sizes = ("dim", "n_layers", "n_decoder_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "max_seq_len")
+    for name in sizes:
+        _positive(f"model.{name}", getattr(model, name, None))
+    _fraction("model.dropout", model.dropout)
+    _positive("model.init_std", model.init_std, 0)
+    if model.dim % model.n_heads:
+        raise ConfigError("model.dim", model.dim, f"not divisible by model.n_heads={model.n_heads}")
+    n_kv_heads = (isinstance(model, DecoderConfig) and model.n_kv_heads) or model.n_heads
+    if model.n_heads % n_kv_heads:
+        raise ConfigError("model.n_heads", model.n_heads, f"not divisible by model.n_kv_heads={n_kv_heads}")
+    if isinstance(model, Seq2SeqConfig):
+        if model.dim % 2:
+            raise ConfigError("model.dim", model.dim, "must be even: positions are pairs of a sine and a cosine")
+    elif model.positions == "rotary" and (model.dim // model.n_heads) % 2:
+        raise ConfigError(
+            "model.positions", "rotary", f"needs an even head size, but dim/n_heads is {model.dim // model.n_heads}"
+        )
+
+
+def _check_task(config: Config) -> None:
+    """Which model a task needs, which data, and the ranges of its own fields."""
+    task, model, data = config.task, config.model, config.data
+    wanted = {"causal_lm": "decoder", "instruction": "decoder", "translation": "seq2seq"}.get(task.kind, "encoder")
+    if model.kind != wanted:
+        choice = {"decoder": "gpt_mini", "seq2seq": "transformer_tiny"}.get(wanted, "bert_mini")
+        raise ConfigError(
+            "model.kind", model.kind, f"task={task.kind} needs a model of kind {wanted}", f"take model={choice}"
+        )
+    other = TextDataConfig if isinstance(task, LABELLED_TASKS) else LabelledDataConfig
+    if isinstance(data, other):
+        fitting = "labelled" if isinstance(task, LABELLED_TASKS) else "text"
+        problem = f"is not what task={task.kind} learns from"
+        raise ConfigError("data.kind", data.kind, problem, f"take data={fitting} or data=stdlib")
+    for name in ("label_smoothing", "dropout", "token_dropout"):
+        _fraction(f"task.{name}", getattr(task, name, 0.0))
+    _positive("task.z_loss", getattr(task, "z_loss", None), 0)
+    _positive("task.max_length", getattr(task, "max_length", None), 8)
+    for name in ("max_new_tokens", "num_beams"):
+        _positive(f"task.{name}", getattr(task, name, None))
+    if isinstance(task, QuestionAnsweringConfig):
+        _check_windows(task, model)
+    if isinstance(task, MaskedLMConfig):
+        assert isinstance(model, EncoderConfig)
+        if not 0 < task.mask_fraction < 1:
+            raise ConfigError("task.mask_fraction", task.mask_fraction, "must be above 0 and below 1")
+        if task.sentence != "none" and model.token_types < 2:
+            raise ConfigError(
+                "model.token_types", model.token_types, f"task.sentence={task.sentence} needs two segments"
+            )
+        if model.max_seq_len < 16:
+            raise ConfigError("model.max_seq_len", model.max_seq_len, "too short for two segments", "take at least 16")
+
+
+def _check_windows(task: QuestionAnsweringConfig, model: ModelConfig) -> None:
+    """A window needs room for a question, and for more of the context than it shares with the one before."""
+    _positive("task.stride", task.stride, 0)
+    _positive("task.max_answer_length", task.max_answer_length)
+    name, length = "model.max_seq_len", model.max_seq_len
+    if task.max_length is not None and task.max_length < length:
+        name, length = "task.max_length", task.max_length
+    if length < 32:
+        raise ConfigError(name, length, "too short for a question and its context", "take at least 32")
+    if task.stride > length // 2:
+        raise ConfigError(
+            "task.stride", task.stride, f"more than half of a window ({name}={length})", f"take at most {length // 2}"
+        )
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    _positive("data.workers", data.workers)
+    _positive("data.tokenizer.train_mib", data.tokenizer.train_mib)
+    if not 0 < data.held_out < 1:
+        raise ConfigError("data.held_out", data.held_out, "must be above 0 and below 1")
+    if data.tokenizer.path is None and data.tokenizer.vocab_size < 257:
+        raise ConfigError(
+            "data.tokenizer.vocab_size",
+            data.tokenizer.vocab_size,
+            "a byte-level BPE needs at least 257 (256 bytes and the end-of-text token)",
+        )
+    if isinstance(data, (TextDataConfig, LabelledDataConfig)) and not data.path:
+        raise ConfigError("data.path", data.path, "missing", "name a file, directory, glob or Hugging Face dataset")
+    if (
+        data.tokenizer.path is None
+        and config.model.vocab_size is not None
+        and config.model.vocab_size < data.tokenizer.vocab_size
+    ):
+        raise ConfigError(
+            "model.vocab_size", config.model.vocab_size,
+            f"smaller than data.tokenizer.vocab_size={data.tokenizer.vocab_size}",
+            "raise it or leave it null to follow the tokenizer",
+        )  # fmt: skip
+
+
+def _check_engine(config: Config) -> None:
+    engine, optimizer = config.engine, config.optimizer
+    if isinstance(engine, AccelerateConfig):
+        if config.train.precision == "fp16":
+            raise ConfigError(
+                "train.precision",
+                "fp16",
+                "engine=accelerate does not keep fp32 master weights in fp16",
+                "take bf16 or fp32",
+            )
+        if engine.parallel == "fsdp2" and not isinstance(optimizer, (AdamWConfig, AdamW8bitConfig)):
+            raise ConfigError(
+                "optimizer.kind", optimizer.kind, "does not take FSDP2's sharded tensors", "take engine.parallel=ddp"
+            )
+        return
+    if engine.stage not in (0, 1, 2, 3):
+        raise ConfigError("engine.stage", engine.stage, "not a ZeRO stage", "one of 0, 1, 2, 3")
+    if engine.stage > 0 and isinstance(optimizer, AdafactorConfig):
+        raise ConfigError(
+            "optimizer.kind", "adafactor", "its statistics are of whole matrices, which ZeRO cuts into flat shards",
+            "take engine=zero0, engine=accelerate or another optimizer",
+        )  # fmt: skip
+    if engine.stage > 0 and isinstance(optimizer, MuonConfig) and config.train.grad_clip:
+        raise ConfigError(
+            "train.grad_clip", config.train.grad_clip,
+            "under ZeRO it would clip Muon's orthogonalised update, not the gradient, and all but stop it",
+            "set train.grad_clip=0",
+        )  # fmt: skip
+    _positive("engine.bucket_mib", engine.bucket_mib)
+    if engine.offload_parameters != "none" and engine.stage != 3:
+        raise ConfigError(
+            "engine.offload_parameters", engine.offload_parameters, f"needs engine.stage=3, not {engine.stage}"
+        )
+    if engine.offload_optimizer != "none" and engine.stage == 0:
+        raise ConfigError(
+            "engine.offload_optimizer", engine.offload_optimizer, "needs engine.stage of 1 or more, not 0"
+        )
+    if engine.offload_optimizer == "nvme" and engine.stage != 3:
+        raise ConfigError(
+            "engine.offload_optimizer", "nvme", f"needs engine.stage=3, not {engine.stage}", "take cpu or stage 3"
+        )
+    if "nvme" in (engine.offload_optimizer, engine.offload_parameters) and not engine.nvme_path:
+        raise ConfigError("engine.nvme_path", engine.nvme_path, "missing", "name a directory on the NVMe disk")
+
+
+def _check_optimization(config: Config) -> None:
+    optimizer, schedule = config.optimizer, config.schedule
+    if not 0 < optimizer.lr < float("inf"):
+        raise ConfigError("optimizer.lr", optimizer.lr, "must be above 0")
+    _positive("optimizer.weight_decay", optimizer.weight_decay, 0)
+    for name in ("beta1", "beta2", "momentum"):
+        if hasattr(optimizer, name):
+            _fraction(f"optimizer.{name}", getattr(optimizer, name))
+    _positive("schedule.warmup_steps", schedule.warmup_steps, 0)
+    if schedule.warmup_steps > config.train.steps:
+        raise ConfigError(
+            "schedule.warmup_steps", schedule.warmup_steps, f"longer than the run (train.steps={config.train.steps})"
+        )
+    if not 0 <= schedule.final_ratio <= 1:
+        raise ConfigError("schedule.final_ratio", schedule.final_ratio, "must be from 0 to 1")
+    if not 0 < schedule.decay_fraction <= 1:
+        raise ConfigError("schedule.decay_fraction", schedule.decay_fraction, "must be above 0 and at most 1")
+
+
+def _check_train(config: Config) -> None:
+    train = config.train
+    for name in ("steps", "global_batch", "micro_batch", "eval_batches", "keep_checkpoints"):
+        _positive(f"train.{name}", getattr(train, name))
+    for name in ("seed", "grad_clip", "eval_every", "save_every"):
+        _positive(f"train.{name}", getattr(train, name), 0)
+    _positive("logger.log_every", config.logger.log_every)
+    if not 0 < train.layer_lr_decay <= 1:
+        raise ConfigError("train.layer_lr_decay", train.layer_lr_decay, "must be above 0 and at most 1")
+    if config.resume == "":
+        raise ConfigError("resume", config.resume, "empty", "auto, required, never, or a directory")
+
+
+def _check_launch(config: Config) -> None:
+    launch = config.launch
+    if launch.ranks is not None and launch.ranks < 1:
+        raise ConfigError("launch.ranks", launch.ranks, "at least one rank is needed")
+    for name in ("threads_per_rank", "timeout_seconds", "stop_seconds"):
+        _positive(f"launch.{name}", getattr(launch, name))
+    if launch.master_port is not None and not 1024 <= launch.master_port <= 65535:
+        raise ConfigError("launch.master_port", launch.master_port, "must be from 1024 to 65535")
+
+
+def check_batch(config: Config, world_size: int) -> None:
+    """The global batch must split into whole micro-batches on every rank. Raises ConfigError."""
+    train = config.train
+    if train.global_batch % world_size:
+        raise ConfigError(
+            "train.global_batch", train.global_batch, f"not divisible by the number of ranks, {world_size}"
+        )
+    if train.global_batch % (world_size * micro_batch(config, world_size)):
+        raise ConfigError(
+            "train.global_batch", train.global_batch,
+            f"not divisible by ranks x train.micro_batch = {world_size} x {train.micro_batch}",
+        )  # fmt: skip

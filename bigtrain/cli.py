@@ -1,0 +1,291 @@
+"""The `bigtrain` command. Answers `--help` at once: whatever is heavy is imported by the command that needs it.
+
+`train` and `prepare` hand their arguments to Hydra (bigtrain/compose.py); commands that act on a run that exists take
+ordinary options. Every failure is one line on stderr and an exit status: 1 for a run that failed, 2 for a wrong
+argument, 130 for an interrupt. BIGTRAIN_TRACEBACK=1 shows the traceback too.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import signal
+import sys
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from bigtrain import __version__
+from bigtrain.errors import BigtrainError
+from bigtrain.launch import Stopped
+
+if TYPE_CHECKING:
+    from bigtrain.compose import Job
+
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Entry point: run a command, say in one line what went wrong, exit with its status."""
+    sys.exit(_run(sys.argv[1:]))
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        status = command.main(arguments, prog_name="bigtrain", standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except Stopped:
+        return 0
+    except SystemExit as exit:
+        return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    except (KeyboardInterrupt, click.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone: `bigtrain ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except click.ClickException as error:
+        return _fail(error.format_message(), error.exit_code)
+    except BigtrainError as error:
+        return _fail(str(error), error.exit_code)
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+    except Exception as error:
+        return _fail(f"{type(error).__name__}: {error}; this is a bug, its traceback is in {_write_traceback()}", 1)
+
+
+def _fail(message: str, status: int) -> int:
+    if os.environ.get("BIGTRAIN_TRACEBACK") == "1":
+        traceback.print_exc()
+    click.echo(f"bigtrain: error: {' '.join(message.split())}", err=True)
+    return status
+
+
+def _write_traceback() -> str:
+    with tempfile.NamedTemporaryFile("w", prefix="bigtrain-", suffix=".log", delete=False) as file:
+        traceback.print_exc(file=file)
+    return file.name
+
+
+@click.group(name="bigtrain")
+@click.version_option(__version__, prog_name="bigtrain")
+def command() -> None:
+    """Train large models under DeepSpeed ZeRO, from a laptop to a cluster, from one config.
+
+    \b
+    bigtrain train                                        the default recipe
+    bigtrain train model=llama_20m train.steps=500        change anything
+    bigtrain generate RUN --prompt "def main"             write with what was trained
+    """
+
+
+# ------------------------------------------------------------------------------- commands that compose a run
+
+
+class ComposedHelp(click.Command):
+    """Says what can be composed instead of listing options: all arguments are Hydra's."""
+
+    def format_help(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        from bigtrain.compose import choices
+        from bigtrain.config import GROUPS
+
+        formatter.write_usage(context.command_path, "[GROUP=CHOICE | KEY=VALUE | HYDRA FLAG]...")
+        formatter.write_paragraph()
+        formatter.write_text(self.help or "")
+        with formatter.section("Groups and choices"):
+            formatter.write_dl([(group, ", ".join(choices(group))) for group in GROUPS])
+        with formatter.section("Hydra flags"):
+            formatter.write_dl([
+                ("--cfg job", "print the composed config and stop"),
+                ("-m, --multirun", "a sweep: one run for each combination of KEY=A,B,C"),
+                ("--config-dir DIR", "a folder with groups of your own"),
+                ("--hydra-help", "all of Hydra's flags"),
+            ])  # fmt: skip
+        with formatter.section("Examples"):
+            formatter.write_dl([
+                (f"{context.command_path} train.steps=500 optimizer.lr=1e-3", "two keys changed"),
+                (f"{context.command_path} model=llama_20m engine=zero3", "another model, ZeRO-3"),
+                (f"{context.command_path} data=text data.path='docs/*.txt'", "your text"),
+                (f"{context.command_path} run_dir=runs/a", "run it again to continue it"),
+            ])  # fmt: skip
+
+
+_HYDRA = {"ignore_unknown_options": True, "help_option_names": ["--help", "-h"]}
+
+
+@command.command(cls=ComposedHelp, context_settings=_HYDRA)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def train(arguments: tuple[str, ...]) -> int:
+    """Compose a config, check it, prepare its data, and train."""
+    from bigtrain.launch import train as launch
+
+    def run(job: Job) -> float:
+        def continue_command(run_dir: str) -> str:
+            kept = [override for override in job.overrides if not override.startswith(("run_dir=", "resume="))]
+            return shlex.join(["bigtrain", "train", *kept, f"run_dir={run_dir}", *job.flags])
+
+        return launch.train(launch.checked(job.data), click.echo, continue_command)
+
+    return _compose(arguments, run)
+
+
+@command.command(cls=ComposedHelp, context_settings=_HYDRA)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def prepare(arguments: tuple[str, ...]) -> int:
+    """Compose a config, check it, and prepare its data: what `train` does before it starts the ranks."""
+    from bigtrain.launch import train as launch
+
+    def run(job: Job) -> float:
+        config = launch.prepare_data(launch.checked(job.data))
+        click.echo(f"data: {config.data.prepared_dir}")
+        return math.nan
+
+    return _compose(arguments, run)
+
+
+@dataclass
+class Outcome:
+    """What became of one job of a sweep."""
+
+    job: Job
+    objective: float
+    problem: str | None
+
+
+def _compose(arguments: tuple[str, ...], run: Callable[[Job], float]) -> int:
+    """Run each composed job; in a sweep a failure is kept for the summary and the next job starts. Exit status."""
+    from bigtrain import compose
+
+    outcomes: list[Outcome] = []
+
+    def job(job: Job) -> float:
+        if job.number is None:
+            return run(job)
+        click.echo(f"job {job.number}: {' '.join(job.overrides)}")
+        try:
+            outcomes.append(Outcome(job, run(job), None))
+        except (Stopped, KeyboardInterrupt):
+            outcomes.append(Outcome(job, math.nan, "stopped"))
+            raise KeyboardInterrupt from None  # ends the sweep; it is not done, even if this job has saved itself
+        except Exception as error:
+            message = str(error) if isinstance(error, BigtrainError) else f"{type(error).__name__}: {error}"
+            _fail(f"job {job.number}: {message}", 1)
+            outcomes.append(Outcome(job, math.nan, f"failed: {message}"))
+        return outcomes[-1].objective
+
+    if threading.current_thread() is threading.main_thread():  # so that SIGTERM cleans up as Ctrl-C does
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        compose.run(list(arguments), job)
+    finally:
+        _summarise(outcomes)
+    return 1 if any(outcome.problem is not None for outcome in outcomes) else 0
+
+
+def _summarise(outcomes: list[Outcome]) -> None:
+    if outcomes:
+        good = sum(outcome.problem is None for outcome in outcomes)
+        click.echo(f"sweep: {good} of {len(outcomes)} jobs finished")
+    for outcome in outcomes:
+        result = outcome.problem or f"{outcome.objective:.6g}"
+        click.echo(f"  {outcome.job.number}  {' '.join(outcome.job.overrides)}  {result}")
+
+
+# --------------------------------------------------------------------------------- commands that act on a run
+
+RUN = click.Path(exists=True, file_okay=False, path_type=Path)
+
+
+@command.command()
+@click.argument("run", type=RUN)
+@click.option("--prompt", "prompts", multiple=True, help="Text to continue; may repeat. `-` or none: lines of stdin.")
+@click.option("--max-new-tokens", default=100, show_default=True, type=click.IntRange(min=1))
+@click.option("--temperature", default=0.0, show_default=True, type=click.FloatRange(min=0), help="0: greedy.")
+@click.option("--top-k", type=click.IntRange(min=1), help="Sample from the K likeliest tokens only.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from the likeliest, P in all.")
+@click.option("--num-beams", default=1, show_default=True, type=click.IntRange(min=1), help="Beam search if above 1.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+def generate(
+    run: Path, prompts: tuple[str, ...], max_new_tokens: int, temperature: float, top_k: int | None,
+    top_p: float | None, num_beams: int, seed: int, device: str,
+) -> None:  # fmt: skip
+    """Write on from a prompt with the model of RUN, or if it is an encoder-decoder, translate the prompt."""
+    texts: list[str] = []
+    for prompt in prompts or ("-",):
+        texts += sys.stdin.read().splitlines() if prompt == "-" else [prompt]
+    if not texts:
+        raise click.UsageError("no prompt; give --prompt TEXT or lines on stdin")
+    from bigtrain import generate as generation
+
+    written = generation.run(
+        run, texts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
+        num_beams=num_beams, seed=seed, device=device,
+    )  # fmt: skip
+    click.echo("\n\n".join(written))
+
+
+@command.command()
+@click.argument("runs", nargs=-1, required=True, type=RUN)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Folder to write to; default: RUN/report, ./report for several."
+)
+def report(runs: tuple[Path, ...], out: Path | None) -> None:
+    """Draw the curves of one RUN, or several side by side: a self-contained HTML page and PNGs."""
+    from bigtrain.report import write_report
+
+    click.echo(write_report(list(runs), out))
+
+
+@command.command()
+@click.argument("run", type=RUN)
+@click.option("--data", multiple=True, help="Labelled file to measure on; may repeat. Default: RUN's held-out data.")
+@click.option("--column", "columns", multiple=True, metavar="NAME=COLUMN", help="Which column holds text, label ...")
+@click.option("--batch", default=32, show_default=True, type=click.IntRange(min=1), help="Examples at a time.")
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write to; default: RUN/evaluation.")
+def evaluate(
+    run: Path, data: tuple[str, ...], columns: tuple[str, ...], batch: int, device: str, out: Path | None
+) -> None:
+    """Measure the model of RUN: a table with confidence intervals, metrics.json and predictions.jsonl."""
+    pairs: dict[str, str | int] = {}
+    for column in columns:
+        name, equals, value = column.partition("=")
+        if not equals or not value:
+            raise click.UsageError(f"--column {column}: NAME=COLUMN is wanted")
+        pairs[name] = int(value) if value.isdigit() else value  # a file without a header: columns by number
+    from bigtrain import evaluate as evaluation
+
+    metrics, written = evaluation.run(run, data=list(data), columns=pairs, batch=batch, device=device, out=out)
+    click.echo(evaluation.table(metrics))
+    click.echo(written)
+
+
+@command.command()
+@click.argument("run", type=RUN)
+@click.option("--format", "format", default="huggingface", show_default=True, type=click.Choice(["huggingface"]))
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to make; new or empty.")
+def export(run: Path, format: str, out: Path) -> None:
+    """Write the model of RUN as a directory that transformers loads: weights, config, tokenizer, model card."""
+    from bigtrain.export import export as write
+
+    click.echo(write(run, out))
+
+
+@command.command()
+@click.option("--build", is_flag=True, help="Compile DeepSpeed's native ops now instead of at first use.")
+def doctor(build: bool) -> int:
+    """Show what this machine has and what is missing. Exit status 1 if something needed is."""
+    from bigtrain.doctor import examine
+
+    return 0 if examine(build) else 1
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,591 @@
+"""The whole configuration as dataclasses: a YAML key is a field is an argument.
+
+Nothing here imports torch, DeepSpeed or Hydra: the command line reads it before it knows whether anything
+will run, and every rank reads the same file back without any of them.
+
+A section that comes in several kinds (an engine, an optimizer, a schedule ...) is a union of dataclasses told
+apart by their field `kind`. `from_dict` turns plain data into `Config`, refuses every key that no dataclass
+has, and checks types; `checks.check` holds the rules that need more than one field. Both raise `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import types
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from bigtrain.errors import ConfigError, unknown_key
+
+T = TypeVar("T")
+
+# ---------------------------------------------------------------------------------------------------- model
+
+
+@dataclass
+class DecoderConfig:
+    """A causal Transformer: GPT-2 style and Llama style are two settings of the same fields."""
+
+    kind: Literal["decoder"] = "decoder"
+    dim: int = 256
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int | None = None  # None: as many as n_heads (no grouped-query attention)
+    ffn_dim: int | None = None  # None: 4 * dim
+    vocab_size: int | None = None  # None: the tokenizer's, rounded up to a multiple of 64
+    max_seq_len: int = 256
+    positions: Literal["learned", "rotary"] = "learned"
+    rope_theta: float = 10_000.0
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-5
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"
+    bias: bool = True
+    tie_embeddings: bool = True
+    dropout: float = 0.0
+    init_std: float = 0.02
+
+
+@dataclass
+class EncoderConfig:
+    """A bidirectional Transformer: BERT (arXiv 1810.04805) and its modern variant are two settings of one class."""
+
+    kind: Literal["encoder"] = "encoder"
+    dim: int = 256
+    n_layers: int = 4
+    n_heads: int = 4
+    ffn_dim: int | None = None  # None: 4 * dim
+    vocab_size: int | None = None  # None: the tokenizer's, rounded up to a multiple of 64
+    max_seq_len: int = 128
+    positions: Literal["learned", "rotary"] = "learned"
+    rope_theta: float = 10_000.0
+    token_types: int = 2  # segments that are told apart (BERT's sentences A and B); 0: none
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-12
+    norm_first: bool = False  # BERT normalises after adding (post-norm), modern encoders before (pre-norm)
+    activation: Literal["gelu", "gelu_tanh", "geglu", "swiglu"] = "gelu"
+    bias: bool = True
+    pooler: bool = True  # tanh(linear(first token)), which sentence-level heads read
+    dropout: float = 0.1
+    init_std: float = 0.02
+
+
+@dataclass
+class Seq2SeqConfig:
+    """An encoder-decoder Transformer: the original (arXiv 1706.03762), normalised before each sub-layer (pre-norm).
+
+    One table embeds source and target and makes the logits; positions are the paper's sinusoids.
+    """
+
+    kind: Literal["seq2seq"] = "seq2seq"
+    dim: int = 128
+    n_layers: int = 3  # of the encoder
+    n_decoder_layers: int = 3
+    n_heads: int = 4
+    ffn_dim: int | None = None  # None: 4 * dim
+    vocab_size: int | None = None  # None: the tokenizer's, rounded up to a multiple of 64
+    max_seq_len: int = 128  # of a source, and of a target
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    norm_eps: float = 1e-5
+    activation: Literal["relu", "gelu", "gelu_tanh", "geglu", "swiglu"] = "relu"
+    bias: bool = True
+    dropout: float = 0.1
+    init_std: float = 0.02  # of the linear layers; small ones learn faster from dim ** -0.5
+
+
+ModelConfig = DecoderConfig | EncoderConfig | Seq2SeqConfig
+
+
+@dataclass
+class PretrainedConfig:
+    """The architecture of a run or a Hugging Face directory. The command puts what it finds there in this section's
+    place, and where they are not set, takes the weights (`init_from`) and the tokenizer from there too."""
+
+    kind: Literal["pretrained"] = "pretrained"
+    path: str | None = None
+    max_seq_len: int | None = None  # shorter sequences than the model could take
+    dropout: float | None = None
+
+
+# ----------------------------------------------------------------------------------------------------- task
+
+
+@dataclass
+class CausalLMConfig:
+    """Predict the next token. z_loss is PaLM's (arXiv 2204.02311, section 5): adds z_loss * log(Z)^2."""
+
+    kind: Literal["causal_lm"] = "causal_lm"
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+@dataclass
+class MaskedLMConfig:
+    """BERT's pretraining (arXiv 1810.04805, section 3.1): restore masked tokens, and judge a pair of segments."""
+
+    kind: Literal["masked_lm"] = "masked_lm"
+    mask_fraction: float = 0.15  # of the tokens are to be predicted: 80% of them become [MASK], 10% another, 10% stay
+    whole_word: bool = False  # mask all the pieces of a word together
+    # next: does segment B follow A, or is it from elsewhere? order (arXiv 1909.11942): are they swapped?
+    sentence: Literal["none", "next", "order"] = "next"
+
+
+@dataclass
+class ClassificationConfig:
+    """One label, or with `regression` one number, for a text or a pair of texts."""
+
+    kind: Literal["classification"] = "classification"
+    regression: bool = False
+    label_smoothing: float = 0.0
+    dropout: float = 0.1  # before the classifier
+    max_length: int | None = None  # tokens of an example, longer ones are cut; None: model.max_seq_len
+    token_dropout: float = 0.0  # augmentation: this fraction of a training text's tokens becomes the unknown token
+
+
+@dataclass
+class TaggingConfig:
+    """A tag for each word of a sentence: named entities, parts of speech, roles."""
+
+    kind: Literal["tagging"] = "tagging"
+    dropout: float = 0.1
+    max_length: int | None = None
+
+
+@dataclass
+class TranslationConfig:
+    """A text from a text: another language, a summary, a paraphrase."""
+
+    kind: Literal["translation"] = "translation"
+    label_smoothing: float = 0.1
+    max_length: int | None = None  # tokens of a source, and of a target
+    max_new_tokens: int = 64  # of a text that an evaluation writes
+    num_beams: int = 1  # in evaluation; 1: greedy
+
+
+@dataclass
+class QuestionAnsweringConfig:
+    """The span of a context that answers a question, or none (SQuAD, arXiv 1606.05250 and 1806.03822)."""
+
+    kind: Literal["question_answering"] = "question_answering"
+    dropout: float = 0.1
+    max_length: int | None = None  # tokens of question and context; a longer context becomes several windows
+    stride: int = 64  # tokens that two windows of a context share
+    max_answer_length: int = 30  # tokens; longer spans are no candidates when the model is asked
+
+
+@dataclass
+class InstructionConfig:
+    """Answer prompts (or go on with conversations) as the examples do; only the responses are learned."""
+
+    kind: Literal["instruction"] = "instruction"
+    label_smoothing: float = 0.0
+    max_length: int | None = None
+    template: Literal["plain", "chatml"] = "plain"  # how a conversation is written: lines, or marked up with roles
+
+
+TaskConfig = (
+    CausalLMConfig
+    | MaskedLMConfig
+    | ClassificationConfig
+    | TaggingConfig
+    | QuestionAnsweringConfig
+    | TranslationConfig
+    | InstructionConfig
+)
+LABELLED_TASKS = (
+    InstructionConfig,
+    ClassificationConfig,
+    TaggingConfig,
+    QuestionAnsweringConfig,
+    TranslationConfig,
+)  # learn from labelled examples, not from plain text
+
+# ----------------------------------------------------------------------------------------------------- data
+
+
+@dataclass
+class TokenizerConfig:
+    """`path` loads one (a tokenizer.json, a run, a Hugging Face directory or hub name); else a BPE is trained."""
+
+    path: str | None = None
+    vocab_size: int = 4096
+    train_mib: int = 64  # text sampled from the training documents to train the BPE on
+
+
+@dataclass
+class StdlibDataConfig:
+    """The running interpreter's own standard library source: real text that is on every machine."""
+
+    kind: Literal["stdlib"] = "stdlib"
+    # What a translation learns: a line of Python -> the same in words, or a function -> its docstring's first line.
+    pairs: Literal["spoken", "docstring"] = "spoken"
+    held_out: float = 0.05  # fraction of the files
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    isolate_documents: bool = False  # attention stops at document boundaries
+    prepared_dir: str | None = None  # where the token shards are; the command fills it in
+    cache_dir: str = "~/.cache/bigtrain"
+    workers: int | None = None  # None: one per core
+
+
+@dataclass
+class TextDataConfig:
+    """Text of the user's: a file, directory, glob, a list of them, or the name of a Hugging Face dataset."""
+
+    kind: Literal["text"] = "text"
+    path: str | list[str] | None = None
+    held_out_path: str | list[str] | None = None  # None: `held_out` of the documents
+    text_field: str = "text"  # the column of jsonl, parquet, csv and datasets
+    name: str | None = None  # the configuration of a Hugging Face dataset
+    held_out: float = 0.05
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    isolate_documents: bool = False
+    prepared_dir: str | None = None
+    cache_dir: str = "~/.cache/bigtrain"
+    workers: int | None = None
+
+
+@dataclass
+class LabelledDataConfig:
+    """Labelled examples: tsv, csv, jsonl, parquet or CoNLL files, or a Hugging Face dataset; of StdlibDataConfig the
+    labelled tasks take examples that are derived from the standard library's source."""
+
+    kind: Literal["labelled"] = "labelled"
+    path: str | list[str] | None = None
+    held_out_path: str | list[str] | None = None  # None: `held_out` of the examples
+    columns: dict[str, str | int] = field(default_factory=dict)  # what a task wants -> the column that holds it
+    header: bool | None = None  # whether a tsv or csv file begins with column names; None: found out
+    name: str | None = None  # the configuration of a Hugging Face dataset
+    held_out: float = 0.1
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    prepared_dir: str | None = None
+    cache_dir: str = "~/.cache/bigtrain"
+    workers: int | None = None
+
+
+DataConfig = StdlibDataConfig | TextDataConfig | LabelledDataConfig
+
+# --------------------------------------------------------------------------------------------------- engine
+
+
+@dataclass
+class DeepSpeedConfig:
+    """DeepSpeed ZeRO (arXiv 1910.02054): stage 0 replicates, 1 shards optimizer states, 2 gradients, 3 parameters."""
+
+    kind: Literal["deepspeed"] = "deepspeed"
+    stage: int = 2
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    offload_parameters: Literal["none", "cpu", "nvme"] = "none"  # stage 3 only
+    nvme_path: str | None = None
+    bucket_mib: int = 50  # reduce and all-gather bucket
+    overlap_comm: bool = True
+    zero_init: bool = True  # stage 3: parameters are born sharded
+    deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through into ds_config, checked key by key
+
+
+@dataclass
+class AccelerateConfig:
+    """Hugging Face Accelerate, the reference that DeepSpeed's loss curve is held to."""
+
+    kind: Literal["accelerate"] = "accelerate"
+    parallel: Literal["ddp", "fsdp2"] = "ddp"  # at one rank both are a plain single process
+
+
+EngineConfig = DeepSpeedConfig | AccelerateConfig
+
+# ---------------------------------------------------------------------------------- optimizer and schedule
+
+
+@dataclass
+class AdamWConfig:
+    kind: Literal["adamw"] = "adamw"
+    lr: float = 3e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+
+@dataclass
+class AdamW8bitConfig:
+    """AdamW with 8-bit block-quantised moments (arXiv 2110.02861), from torchao."""
+
+    kind: Literal["adamw8bit"] = "adamw8bit"
+    lr: float = 3e-4
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+
+@dataclass
+class AdafactorConfig:
+    """Adafactor (arXiv 1804.04235) as torch.optim has it."""
+
+    kind: Literal["adafactor"] = "adafactor"
+    lr: float = 1e-2
+    beta2_decay: float = -0.8
+    weight_decay: float = 0.0
+
+
+@dataclass
+class LionConfig:
+    """Lion (arXiv 2302.06675): the sign of an interpolated momentum; wants a 3-10x smaller lr than AdamW."""
+
+    kind: Literal["lion"] = "lion"
+    lr: float = 1e-4
+    beta1: float = 0.9
+    beta2: float = 0.99
+    weight_decay: float = 1.0
+
+
+@dataclass
+class MuonConfig:
+    """Muon (orthogonalised momentum) for hidden matrices, AdamW for the rest, as DeepSpeed has it."""
+
+    kind: Literal["muon"] = "muon"
+    lr: float = 2e-2  # of the matrices
+    momentum: float = 0.95
+    adam_lr: float = 3e-4  # of embeddings, norms and biases
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+
+
+OptimizerConfig = AdamWConfig | AdamW8bitConfig | AdafactorConfig | LionConfig | MuonConfig
+
+
+@dataclass
+class ScheduleConfig:
+    """lr(step), a pure function. Warm-up is linear; `final_ratio` of the peak lr is left at the last step."""
+
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    warmup_steps: int = 0
+    final_ratio: float = 0.1
+    decay_fraction: float = 0.2  # wsd only: the last part of the run, in which lr falls
+
+
+# ---------------------------------------------------------------------------------------------------- train
+
+
+@dataclass
+class TrainConfig:
+    steps: int = 1000
+    seed: int = 0
+    global_batch: int = 32  # sequences per optimizer step, over all ranks
+    micro_batch: int | None = None  # sequences per forward on one rank, the rest being accumulation; None: all at once
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"  # master weights and optimizer states are fp32 always
+    grad_clip: float = 1.0  # global gradient norm; 0: no clipping
+    activation_checkpointing: bool = False
+    compile: bool = False  # torch.compile; for GPUs: on a CPU our own kernels (models/cpu_kernels.py) are faster
+    deterministic: bool = False
+    freeze: list[str] = field(default_factory=list)  # patterns of parameters that keep their weights: ["backbone.*"]
+    layer_lr_decay: float = 1.0  # each layer's lr by this factor smaller than that of the layer above
+    eval_every: int = 0  # steps; 0: only at the end
+    eval_batches: int | None = None  # micro-batches per rank in an evaluation during the run; None: all
+    save_every: int = 0  # steps; 0: only at the end
+    keep_checkpoints: int = 2
+    objective: str = "eval/loss"  # the number of result.json that a sweep minimises
+
+
+# -------------------------------------------------------------------------------- compress, launch, logger
+
+
+@dataclass
+class CompressConfig:
+    """Which transforms change the model while it trains. None yet."""
+
+
+@dataclass
+class LaunchConfig:
+    kind: Literal["local", "dryrun"] = "local"
+    ranks: int | None = None  # per node; None: one per GPU, without a GPU one per core up to 2
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads_per_rank: int | None = None  # None: the node's cores shared out
+    master_port: int | None = None  # None: a free one
+    timeout_seconds: int = 1800  # of a collective
+    stop_seconds: int = 300  # between asking the ranks to stop and killing them
+    env: dict[str, str] = field(default_factory=dict)  # set in every rank
+
+
+@dataclass
+class WandbConfig:
+    enabled: bool = False
+    project: str = "bigtrain"
+    entity: str | None = None
+    name: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+    mode: Literal["auto", "online", "offline"] = "auto"  # auto: online if there is a key, else offline
+
+
+@dataclass
+class LoggerConfig:
+    log_every: int = 1  # steps between lines of metrics.jsonl; reading the loss is the loop's only host sync
+    progress: bool = True
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+
+# --------------------------------------------------------------------------------------------------- config
+
+
+@dataclass
+class Config:
+    run_dir: str = "runs/latest"
+    resume: str = "auto"  # auto | required | never | a run or checkpoint directory
+    init_from: str | None = None  # a run, checkpoint or Hugging Face directory whose weights this one starts from
+    model: ModelConfig = field(default_factory=DecoderConfig)
+    task: TaskConfig = field(default_factory=CausalLMConfig)
+    data: DataConfig = field(default_factory=StdlibDataConfig)
+    engine: EngineConfig = field(default_factory=DeepSpeedConfig)
+    optimizer: OptimizerConfig = field(default_factory=AdamWConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    compress: CompressConfig = field(default_factory=CompressConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
+
+
+GROUPS = ("experiment", "model", "task", "data", "engine", "optimizer", "schedule", "compress", "launch", "logger")
+
+# ------------------------------------------------------------------------------- plain data <-> dataclasses
+
+
+def from_dict(data: dict[str, Any]) -> Config:
+    """Build a Config from plain data (as YAML gives it).
+
+    Raises ConfigError for an unknown key (with the nearest valid one) or a value of the wrong type.
+    """
+    config = _build(Config, data, "")
+    assert isinstance(config, Config)
+    return config
+
+
+def section(cls: type[T], data: dict[str, Any], path: str) -> T:
+    """One section of a config by itself. Raises ConfigError as `from_dict` does."""
+    built = _build(cls, data, path)
+    assert isinstance(built, cls)
+    return built
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    return dataclasses.asdict(config)
+
+
+def union_members(hint: Any) -> list[type]:
+    """The dataclasses of a section's type: one, or the members of a union."""
+    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    return [member for member in members if isinstance(member, type) and dataclasses.is_dataclass(member)]
+
+
+def kinds(cls: type) -> tuple[str, ...]:
+    """The values that a dataclass's field `kind` can take; empty if it has none."""
+    hint = get_type_hints(cls).get("kind")
+    return get_args(hint) if hint is not None else ()
+
+
+def _build(hint: Any, data: Any, path: str) -> Any:
+    """Build the dataclass that `hint` names, or the member of a union that data's `kind` picks."""
+    if not isinstance(data, dict):
+        raise ConfigError(path, data, "a section is wanted here, with keys of its own")
+    members = union_members(hint)
+    if len(members) > 1:
+        by_kind = {kind: member for member in members for kind in kinds(member)}
+        kind = data.get("kind", next(iter(by_kind)))
+        if kind not in by_kind:
+            raise ConfigError(f"{path}.kind", kind, "unknown", f"one of {', '.join(by_kind)}")
+        cls = by_kind[kind]
+    else:
+        cls = members[0]
+    hints = get_type_hints(cls)
+    values = {}
+    for key, value in data.items():
+        name = f"{path}.{key}" if path else str(key)
+        if key not in hints:
+            raise unknown_key(name, hints)
+        values[key] = _value(hints[key], value, name)
+    return cls(**values)
+
+
+def _value(hint: Any, value: Any, path: str) -> Any:
+    """Check (and where nothing is lost, convert) one value: 1e-3 read as text and 3 for a float are meant well."""
+    if union_members(hint):
+        return _build(hint, value, path)
+    origin, args = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return value
+    if origin in (Union, types.UnionType):
+        for member in args:
+            try:
+                return _value(member, value, path)
+            except ConfigError:
+                continue
+    elif origin is Literal:
+        if value in args and not isinstance(value, bool):
+            return value
+        raise ConfigError(path, value, "not a valid choice", f"one of {', '.join(map(str, args))}")
+    elif origin is list and isinstance(value, list):
+        return [_value(args[0], item, f"{path}[{i}]") for i, item in enumerate(value)]
+    elif origin is dict and isinstance(value, dict):
+        return {str(key): _value(args[1], item, f"{path}.{key}") for key, item in value.items()}
+    elif hint is type(None) and value is None:
+        return None
+    elif hint is float and not isinstance(value, bool):
+        try:
+            if isinstance(value, (int, float, str)):  # YAML 1.1 reads 1e-3 as text
+                return float(value)
+        except ValueError:
+            pass
+    elif hint in (bool, int, str) and type(value) is hint:
+        return value
+    raise ConfigError(path, value, f"wrong type, {_type_name(hint)} is wanted")
+
+
+def _type_name(hint: Any) -> str:
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    if hint in names:
+        return names[hint]
+    if get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_type_name(member) for member in get_args(hint))
+    origin: Any = get_origin(hint)
+    return "a list" if origin is list else "a section" if origin is dict else str(hint)
+
+
+# ----------------------------------------------------------------------------------------------------- file
+
+
+def dump(config: Config) -> str:
+    """The config as YAML text: every field, in the order of the dataclasses, the same text for the same config."""
+    return yaml.safe_dump(to_dict(config), sort_keys=False, width=120, allow_unicode=True)
+
+
+def load(path: str | Path) -> Config:
+    """Read a config.yaml that `dump` wrote. Raises ConfigError if it is missing or no such file."""
+    try:
+        data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("config", str(path), "no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError("config", str(path), f"cannot be read ({str(error).splitlines()[0]})") from None
+    return from_dict(data if isinstance(data, dict) else {})
+
+
+def fingerprint(config: Config) -> str:
+    """SHA-256 of the dumped text: what every rank checks that it read the same."""
+    return hashlib.sha256(dump(config).encode()).hexdigest()
+
+
+# ---------------------------------------------------------------------------------------- derived numbers
+
+
+def micro_batch(config: Config, world_size: int) -> int:
+    """Sequences that one rank runs through the model at once."""
+    return config.train.micro_batch or config.train.global_batch // world_size
+
+
+def accumulation_steps(config: Config, world_size: int) -> int:
+    """Micro-batches that each rank runs for one optimizer step."""
+    return config.train.global_batch // (world_size * micro_batch(config, world_size))

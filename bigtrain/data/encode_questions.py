@@ -1,0 +1,87 @@
+"""Questions on a context -> windows of token ids, with the way back from a token to the context's characters.
+
+Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from bigtrain.config import QuestionAnsweringConfig
+from bigtrain.data.examples import Example
+from bigtrain.data.records import Record
+from bigtrain.data.tokenizer import special_ids
+
+
+class QuestionEncoder:
+    """Question and context by the tokenizer's own template for pairs; a context that is too long is cut into windows,
+    each an example, of which two that follow one another share `task.stride` tokens (arXiv 1810.04805's SQuAD runs).
+
+    Fields of an example:
+
+    - tokens, token_types;
+    - start, end: the positions of the answer's first and last token, of [CLS] where the window does not hold a whole
+      answer or there is none;
+    - context_at: the position of the window's first context token;
+    - char_begins, char_ends: for each context token of the window, the characters of the record's context that it is.
+
+    Where a pair does not fit, a question longer than half of what is left beside the overlap loses its end: every
+    window then brings at least as many new tokens of context as the question has.
+    """
+
+    def __init__(self, task: QuestionAnsweringConfig, tokenizer: Any, max_seq_len: int) -> None:
+        self.length = min(task.max_length or max_seq_len, max_seq_len)
+        self.tokenizer, self.stride, self.cut = tokenizer, task.stride, 0
+        self.cls_id = special_ids(tokenizer)["cls"]
+
+    def labels_of(self, record: Record) -> list[str]:
+        return []
+
+    def encode(self, records: Sequence[Record], label_ids: dict[str, int]) -> list[list[Example]]:
+        self.tokenizer.no_truncation()
+        encodings = self.tokenizer.encode_batch([(record["question"], record["context"]) for record in records])
+        return [self._windows(record["answers"], encoding) for record, encoding in zip(records, encodings, strict=True)]
+
+    def _windows(self, answers: list[dict[str, Any]], encoding: Any) -> list[Example]:
+        whose = encoding.sequence_ids  # 0: the question's, 1: the context's, None: a special token
+        question = [i for i, sequence in enumerate(whose) if sequence == 0]
+        context = [i for i, sequence in enumerate(whose) if sequence == 1]
+        fits = len(whose) <= self.length
+        self.cut += not fits
+        most = len(question) if fits else (self.length - (len(whose) - len(question) - len(context)) - self.stride) // 2
+        lost = set(question[most:])
+        border = context[0] if context else len(whose)
+        before = [i for i in range(border) if i not in lost]
+        after = [i for i in range(border, len(whose)) if whose[i] != 1]
+        room = self.length - len(before) - len(after)
+        spans = [span for answer in answers if (span := _tokens_of(answer, encoding.offsets, context)) is not None]
+        examples: list[Example] = []
+        for begin in range(0, max(len(context) - self.stride, 1), room - self.stride):
+            window = context[begin : begin + room]
+            kept = [*before, *window, *after]
+            tokens = [encoding.ids[i] for i in kept]
+            cls = tokens.index(self.cls_id) if self.cls_id in tokens else 0
+            held = [(first, last) for first, last in spans if begin <= first and last < begin + len(window)]
+            first, last = held[0] if held else (0, 0)
+            offset = len(before) - begin
+            examples.append(
+                {
+                    "tokens": tokens,
+                    "token_types": [encoding.type_ids[i] for i in kept],
+                    "start": first + offset if held else cls,
+                    "end": last + offset if held else cls,
+                    "context_at": len(before),
+                    "char_begins": [encoding.offsets[i][0] for i in window],
+                    "char_ends": [encoding.offsets[i][1] for i in window],
+                }
+            )
+        return examples
+
+
+def _tokens_of(answer: dict[str, Any], offsets: list[tuple[int, int]], context: list[int]) -> tuple[int, int] | None:
+    """(first, last) of the context's tokens that hold any character of the answer; None where the tokenizer has made
+    none of it."""
+    begin, end = answer["start"], answer["start"] + len(answer["text"])
+    held = [number for number, i in enumerate(context) if offsets[i][0] < end and offsets[i][1] > begin]
+    return (held[0], held[-1]) if held else None

@@ -1,0 +1,114 @@
+"""Labelled examples -> batches for one rank, grouped by length so that little of a batch is padding.
+
+The stream of examples is cut into spans of GROUPED global batches; within a span examples are sorted by length, cut
+into batches, and the batches shuffled. Each step's global batch is a pure function of (seed, step), whatever the world
+size; its rows are dealt out to the ranks one by one in order of length, so that all have equally much to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from bigtrain.batch import Batch
+from bigtrain.data.examples import Examples
+from bigtrain.data.sampler import permute, sample_windows
+
+GROUPED = 50  # global batches that are sorted by length together
+MULTIPLE = 8  # lengths are padded to a multiple of it: matrix units like that
+
+Rows = list[dict[str, NDArray[Any]]]
+Collate = Callable[[Rows, np.random.Generator | None], Batch]  # rows -> tensors; the generator is for augmentation
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of each batch is this rank's."""
+
+    rank: int
+    world_size: int
+    global_batch: int  # examples (or sequences) of an optimizer step, over all ranks
+    micro_batch: int  # of one forward on one rank
+    seed: int
+
+
+class ExampleTrainLoader:
+    """This rank's part of every training step. `batches` is a pure function of the step, for any thread."""
+
+    def __init__(self, examples: Examples, collate: Collate, share: Share) -> None:
+        self._examples, self._collate, self._share = examples, collate, share
+        self._lengths = examples.lengths()
+        self._span = lru_cache(maxsize=2)(self._span_order)  # two: the loader reads one step ahead
+
+    def batches(self, step: int) -> list[Batch]:
+        share = self._share
+        span, index = divmod(step, GROUPED)
+        mine = self._span(span)[index][share.rank :: share.world_size]
+        random = np.random.default_rng((share.seed, step, share.rank))
+        return [
+            self._collate([_row(self._examples, row) for row in part], random)
+            for part in mine.reshape(-1, share.micro_batch).tolist()
+        ]
+
+    def _span_order(self, span: int) -> NDArray[np.int64]:
+        """(GROUPED, global_batch) example numbers, each row in order of length."""
+        share = self._share
+        drawn = sample_windows(share.seed, span, GROUPED * share.global_batch, len(self._lengths))
+        batches = drawn[np.argsort(self._lengths[drawn], kind="stable")].reshape(GROUPED, share.global_batch)
+        key = np.full(GROUPED, share.seed * 1_000_003 + span, dtype=np.uint64)
+        return batches[permute(np.arange(GROUPED, dtype=np.uint64), GROUPED, key).astype(np.int64)]
+
+
+class ExampleEvalLoader:
+    """Every held-out example once, over all ranks, in order of length. All ranks give the same number of batches:
+    rows that are there only for that have index -1.
+
+    With `max_batches` only that many batches per rank, spread evenly.
+    """
+
+    def __init__(self, examples: Examples, collate: Collate, share: Share, max_batches: int | None = None) -> None:
+        self._examples, self._collate, self._share = examples, collate, share
+        self._order = np.argsort(examples.lengths(), kind="stable")
+        together = share.micro_batch * share.world_size
+        self._all = -(-len(self._order) // together)
+        self._n = min(self._all, max_batches or self._all)
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __iter__(self) -> Iterator[Batch]:
+        share = self._share
+        together = share.micro_batch * share.world_size
+        for i in range(self._n):
+            first = (i * self._all // self._n) * together
+            mine = self._order[first : first + together][share.rank :: share.world_size].tolist()
+            rows = [_row(self._examples, index) for index in mine]
+            while len(rows) < share.micro_batch:
+                rows.append(_row(self._examples, int(self._order[0])) | {"index": np.asarray(-1)})
+            yield self._collate(rows, None)
+
+
+def _row(examples: Examples, index: int) -> dict[str, NDArray[Any]]:
+    return examples[index] | {"index": np.asarray(index)}
+
+
+def pad(rows: Rows, field: str, value: int, limit: int) -> torch.Tensor:
+    """(B, T) int64: each row's values of `field`, then `value` to the longest row's length, rounded up to a multiple of
+    8 that is at most `limit`."""
+    longest = max(len(row[field]) for row in rows)
+    length = max(longest, min(-(-longest // MULTIPLE) * MULTIPLE, limit))
+    padded = np.full((len(rows), length), value, dtype=np.int64)
+    for line, row in zip(padded, rows, strict=True):
+        line[: len(row[field])] = row[field]
+    return torch.from_numpy(padded)
+
+
+def stack(rows: Rows, field: str) -> torch.Tensor:
+    """(B,) of a field with one value an example."""
+    return torch.from_numpy(np.stack([np.asarray(row[field]) for row in rows]))

@@ -1,0 +1,90 @@
+"""The Hugging Face hub: datasets as sources, tokenizers by name.
+
+One question with a time limit comes first, because the hub's client retries for half a minute when there is no network.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from bigtrain.data.formats import SourceFile, column, kind_of
+from bigtrain.errors import BigtrainError, ConfigError
+
+STAMP = (-1, -1)  # marks a SourceFile that is a dataset of the hub, not a file
+MISSING = "no such file or directory"
+
+
+def looks_like_name(name: str) -> bool:
+    """org/name or name, and not the name of a file of a known kind."""
+    like_file = kind_of(name) != ("text", None) or name.endswith((".txt", ".md", ".py", ".conll", ".bio"))
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", name)) and not like_file
+
+
+def dataset_source(name: str, key: str, config_name: str | None) -> SourceFile:
+    """The dataset's revision stands for its content. Raises ConfigError if there is neither such a path nor dataset."""
+    if not looks_like_name(name):
+        raise ConfigError(key, name, f"{MISSING}, and no file matches it")
+    try:
+        import datasets  # noqa: F401
+    except ImportError:
+        problem = f"{MISSING}, and a hub dataset needs the package datasets"
+        raise ConfigError(key, name, problem, "pip install 'bigtrain[data]'") from None
+    return SourceFile(Path(name), f"{name}:{config_name}", key, 0, STAMP, _revision("dataset", name, key))
+
+
+def dataset_rows(file: SourceFile, config_name: str | None, text_field: str) -> Iterator[str]:
+    """The texts of the dataset's train split, streamed."""
+    import datasets
+
+    name = str(file.path)
+    try:
+        stream = datasets.load_dataset(name, config_name, split="train", streaming=True, revision=file.digest or None)
+        for number, row in enumerate(stream, start=1):
+            text = column(row, text_field, name, number)
+            if text:
+                yield text
+    except BigtrainError:
+        raise
+    except Exception as error:  # whatever a loader or the network raises: the user needs its first line
+        raise file.error(f"the dataset cannot be read ({_first_line(error)})") from None
+
+
+def tokenizer_file(name: str, key: str) -> Path:
+    """tokenizer.json of a hub model, from the local hub cache if it is there. Raises ConfigError."""
+    if not looks_like_name(name):
+        raise ConfigError(key, name, MISSING)
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(name, "tokenizer.json", local_files_only=True))
+    except Exception:
+        revision = _revision("model", name, key)
+    try:
+        file = Path(hf_hub_download(name, "tokenizer.json", revision=revision))
+    except Exception as error:
+        raise ConfigError(key, name, f"no tokenizer.json can be had from the hub ({_first_line(error)})") from None
+    with suppress(Exception):  # it names the end-of-text token; without it the usual names are tried
+        hf_hub_download(name, "tokenizer_config.json", revision=revision)
+    return file
+
+
+def _revision(kind: str, name: str, key: str) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    try:
+        info: Any = HfApi().repo_info(name, repo_type=kind, timeout=10)
+    except RepositoryNotFoundError:
+        raise ConfigError(key, name, f"{MISSING}, and the Hugging Face hub has no such {kind}") from None
+    except Exception as error:  # offline, a proxy, a timeout: httpx and the hub each have their own
+        problem = f"{MISSING}, and the Hugging Face hub cannot be reached ({_first_line(error)})"
+        raise ConfigError(key, name, problem) from None
+    return info.sha or ""
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,179 @@
+"""Labelled records -> examples in a cache directory, once per content, tokenizer and encoding.
+
+Two passes over the records: the first collects the labels, the second encodes and writes. The directory is named by a
+fingerprint of all that its bytes depend on, built as `<fingerprint>.partial` and renamed when it is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from bigtrain.config import Config, DecoderConfig, LabelledDataConfig, StdlibDataConfig
+from bigtrain.data.encode_examples import ExampleEncoder, example_encoder, record_kind
+from bigtrain.data.examples import FORMAT, RECORDS, ExampleWriter, PreparedExamples, load_examples
+from bigtrain.data.locks import locked, writing
+from bigtrain.data.records import Record, Records, open_records
+from bigtrain.data.shards import META, SPLITS
+from bigtrain.data.tokenizer import (
+    check_vocabulary,
+    find_tokenizer,
+    require_special,
+    special_ids,
+    tokenizer_identity,
+    train_tokenizer,
+    vocabulary_size,
+)
+from bigtrain.errors import ConfigError
+from bigtrain.files import fsync, write_atomic
+
+ENCODED_TOGETHER = 1000  # records
+
+
+def prepare_examples(config: Config) -> PreparedExamples:
+    """Examples of `config.data` for `config.task`, from the cache if they are there.
+
+    Raises ConfigError for records that cannot be read, a label that only the held-out part has, a tokenizer without
+    the special tokens that the task needs, and a split without an example.
+    """
+    data = config.data
+    assert isinstance(data, (LabelledDataConfig, StdlibDataConfig))
+    cache = Path(data.cache_dir).expanduser()
+    with writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        loaded = find_tokenizer(data.tokenizer.path) if data.tokenizer.path else None
+        records = open_records(data, record_kind(config.task), cache)
+        fingerprint = _fingerprint(config, records, tokenizer_identity(data.tokenizer, loaded, _marks_texts(config)))
+        directory = cache / fingerprint
+        if not directory.exists():
+            with locked(cache / f"{fingerprint}.lock", config.logger.progress):
+                if not directory.exists():
+                    _build(directory, config, records, loaded)
+    prepared = load_examples(directory)
+    check_vocabulary(config, prepared.vocab_size)
+    for split in SPLITS:
+        if not prepared.examples[split]:
+            name = split.replace("_", "-")
+            raise ConfigError(*_blame(config), f"its {name} part has no example", "give more, or change data.held_out")
+    return prepared
+
+
+def _marks_texts(config: Config) -> bool:
+    """Whether the model's texts stand between BERT's marks; a decoder's end with the end-of-text token."""
+    return not isinstance(config.model, DecoderConfig)
+
+
+def _fingerprint(config: Config, records: Records, tokenizer: dict[str, Any]) -> str:
+    task = {key: getattr(config.task, key, None) for key in ("kind", "regression", "max_length", "stride", "template")}
+    parts = {
+        "examples_format": FORMAT,
+        "records": records.identity(),
+        "tokenizer": tokenizer,
+        "task": task,
+        "max_seq_len": config.model.max_seq_len,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _build(directory: Path, config: Config, records: Records, loaded: Any | None) -> None:
+    partial = directory.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed
+    partial.mkdir()
+    tokenizer = loaded
+    if tokenizer is None:
+        texts = (text for record, held_out in records if not held_out for text in _texts(record))
+        tokenizer = train_tokenizer(
+            texts, config.data.tokenizer.vocab_size, for_encoder=not isinstance(config.model, DecoderConfig)
+        )
+    fixed = isinstance(config.data, LabelledDataConfig) and config.data.held_out_path is not None
+    labels = _labels(records, example_encoder(config, tokenizer), train_only=fixed)
+    write_examples(partial, config, tokenizer, labels, records)
+    partial.rename(directory)
+    fsync(directory.parent)
+
+
+def write_examples(
+    directory: Path, config: Config, tokenizer: Any, labels: list[str], records: Iterable[tuple[Record, bool]]
+) -> None:
+    """Encode (record, held out) pairs into `directory`. Raises ConfigError for a label that is not one of `labels`."""
+    special = special_ids(tokenizer)
+    marks = ("pad", "cls", "sep") if _marks_texts(config) else ("eos",)
+    require_special(special, marks, config.data.tokenizer.path)
+    special.setdefault("pad", special.get("eos", 0))  # of a decoder, which never looks at it
+    encoder = example_encoder(config, tokenizer)
+    label_ids = {label: number for number, label in enumerate(labels)}
+    train, held_out = (ExampleWriter(directory, split) for split in SPLITS)
+    numbers = [0, 0]  # of the next record in training, and held out
+    with train, held_out, open(directory / RECORDS, "w", encoding="utf-8") as kept:
+        for batch in _together(records):
+            encoded = encoder.encode([record for record, _ in batch], label_ids)
+            for (record, out), examples in zip(batch, encoded, strict=True):
+                for example in examples:
+                    (held_out if out else train).add(example | {"record": numbers[out]})
+                numbers[out] += 1
+                if out:
+                    kept.write(json.dumps(record, ensure_ascii=False) + "\n")
+    meta = {
+        "examples_format": FORMAT,
+        "fingerprint": directory.stem,
+        "task": config.task.kind,
+        "vocab_size": vocabulary_size(tokenizer),
+        "special_ids": special,
+        "labels": labels,
+        "examples": {"train": train.count, "held_out": held_out.count},
+        "ragged": train.ragged | held_out.ragged,
+        "single": train.single | held_out.single,
+        "cut": encoder.cut,
+    }
+    write_atomic(directory / "tokenizer.json", _plain(tokenizer))
+    write_atomic(directory / META, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
+    for path in directory.iterdir():
+        fsync(path)
+    fsync(directory)
+
+
+def _plain(tokenizer: Any) -> str:
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    text: str = tokenizer.to_str(pretty=True)
+    return text
+
+
+def _labels(records: Records, encoder: ExampleEncoder, train_only: bool) -> list[str]:
+    """Every label that occurs; whole numbers in their order, anything else by the alphabet.
+
+    `train_only`: where the user says which records are held out, a label that only those have is a mistake.
+    """
+    found: set[str] = set()
+    for record, held_out in records:
+        if not (held_out and train_only):
+            found.update(encoder.labels_of(record))
+    if all(label.lstrip("-").isdigit() for label in found):
+        return sorted(found, key=int)
+    return sorted(found)
+
+
+def _texts(record: Record) -> Iterator[str]:
+    for name in ("text", "text_pair", "question", "context", "source", "target", "prompt", "response"):
+        if name in record:
+            yield record[name]
+    if "words" in record:
+        yield " ".join(record["words"])
+    for message in record.get("messages", ()):
+        yield message["content"]
+
+
+def _together(records: Iterable[tuple[Record, bool]]) -> Iterator[list[tuple[Record, bool]]]:
+    rest = iter(records)
+    while batch := list(islice(rest, ENCODED_TOGETHER)):
+        yield batch
+
+
+def _blame(config: Config) -> tuple[str, object]:
+    path = getattr(config.data, "path", None)
+    return ("data.path", path) if path else ("data.kind", config.data.kind)

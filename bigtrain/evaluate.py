@@ -1,0 +1,166 @@
+"""Measure a trained model on its own held-out data or on other data: a table, a JSON file, the predictions."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bigtrain import config as configuration
+from bigtrain import confusion, tasks
+from bigtrain.checkpoint import newest
+from bigtrain.checkpoint.weights import load_into
+from bigtrain.config import LABELLED_TASKS, Config, LabelledDataConfig
+from bigtrain.data.encode_examples import record_kind
+from bigtrain.data.example_loader import Share
+from bigtrain.data.prepare_examples import write_examples
+from bigtrain.data.records import open_records
+from bigtrain.data.tokenizer import find_tokenizer
+from bigtrain.errors import ConfigError
+from bigtrain.files import write_atomic
+from bigtrain.tasks import Task, Totals
+from bigtrain.tasks.classification import Classification
+from bigtrain.tasks.labelled import LabelledTask
+from bigtrain.worker import LABELS
+
+RESAMPLES = (50, 500)  # of the examples, for the confidence intervals: at least, and at most
+RESAMPLING_SECONDS = 20.0  # after which it is enough
+CONFIDENCE = 0.95
+
+
+def run(
+    run: Path,
+    *,
+    data: list[str],
+    columns: dict[str, str | int],
+    batch: int = 32,
+    device: str = "auto",
+    out: Path | None = None,
+) -> tuple[dict[str, Any], Path]:
+    """Metrics of the newest checkpoint of `run`, and the directory with metrics.json and predictions.jsonl.
+
+    `data` names labelled files of the run's task; empty: the held-out part of what the run was trained on. Metrics of
+    tasks on examples have a bootstrap confidence interval (Efron 1979), `<name>_low` and `<name>_high`; a classifier
+    also has a table by label, and confusion.png.
+    Raises ConfigError for what is no run, has no checkpoint, or data that do not fit the run's task or labels.
+    """
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", device, "no CUDA device here", "take cpu or auto")
+    config = configuration.load(run / "config.yaml")
+    checkpoint = newest(run)
+    if checkpoint is None:
+        raise ConfigError("RUN", str(run), "holds no complete checkpoint", "train until the first one is saved")
+    with _data(run, config, data, columns) as used:
+        task = tasks.build(used)
+        model = load_model(task, used, checkpoint, where)
+        totals = measure(task, model, Share(0, 1, batch, batch, config.train.seed), where)
+        metrics: dict[str, Any] = task.metrics(totals)
+        out = out or run / "evaluation"
+        out.mkdir(parents=True, exist_ok=True)
+        if isinstance(task, LabelledTask):
+            metrics |= intervals(task, totals, config.train.seed)
+            write_atomic(out / "predictions.jsonl", "".join(_predictions(task, totals)))
+        if isinstance(task, Classification) and task.labels:
+            counts = confusion.matrix(*task.predicted_and_true(totals), len(task.labels))
+            metrics["labels"] = confusion.by_label(counts, task.labels)
+            (out / "confusion.png").write_bytes(confusion.picture(counts, task.labels))
+    metrics |= {"checkpoint": checkpoint.name, "data": data or "held-out", "examples": len(totals.predictions)}
+    write_atomic(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    return metrics, out
+
+
+@contextmanager
+def _data(run: Path, config: Config, data: list[str], columns: dict[str, str | int]) -> Iterator[Config]:
+    """The run's config with the data to measure on in data.prepared_dir."""
+    if not data:
+        yield config
+        return
+    if not isinstance(config.task, LABELLED_TASKS):
+        raise ConfigError("--data", data[0], f"RUN's task is {config.task.kind}, which has no labelled data to read")
+    labels = json.loads((run / LABELS).read_text(encoding="utf-8")) if (run / LABELS).is_file() else []
+    described = LabelledDataConfig(path=data, columns=columns)
+    with tempfile.TemporaryDirectory(prefix="bigtrain-") as directory:
+        records = open_records(described, record_kind(config.task), Path(directory))
+        used = replace(config, data=replace(described, prepared_dir=directory))
+        tokenizer = find_tokenizer(str(run / "tokenizer"), "RUN")
+        write_examples(Path(directory), used, tokenizer, labels, ((record, True) for record, _ in records.source()))
+        yield used
+
+
+def load_model(task: Task, config: Config, checkpoint: Path, device: torch.device) -> torch.nn.Module:
+    """The trained model: bfloat16 on a GPU, float32 on a CPU."""
+    with torch.device("meta"):  # draws no weights that the checkpoint's would overwrite
+        model: Any = task.build_model(config.model)
+    model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).to_empty(device=device)
+    model.tie_weights()
+    load_into(model, checkpoint)
+    evaluated: torch.nn.Module = model.eval()
+    return evaluated
+
+
+@torch.inference_mode()
+def measure(task: Task, model: torch.nn.Module, share: Share, device: torch.device) -> Totals:
+    """Run the model over the task's held-out batches."""
+    nll, targets = 0.0, 0
+    sums: dict[str, float] = {}
+    predictions: dict[int, Any] = {}
+    for cpu_batch in task.held_out(share):
+        targets += task.count_targets(cpu_batch)
+        found = task.evaluate(model, {name: tensor.to(device) for name, tensor in cpu_batch.items()})
+        nll += float(found.nll)
+        predictions |= dict(found.predictions)
+        for name, value in found.sums.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return Totals(nll, targets, sums, task.joined(predictions))
+
+
+def intervals(task: LabelledTask, totals: Totals, seed: int) -> dict[str, float]:
+    """Percentile bootstrap over the examples: what another sample of the same size would have given."""
+    random, examples = np.random.default_rng(seed), list(totals.predictions.values())
+    drawn: dict[str, list[float]] = {}
+    least, most = RESAMPLES
+    began = time.monotonic()
+    for number in range(most):
+        if number >= least and time.monotonic() - began > RESAMPLING_SECONDS:
+            break
+        chosen = random.integers(len(examples), size=len(examples))
+        sample = totals._replace(predictions={i: examples[j] for i, j in enumerate(chosen.tolist())})
+        for name, value in task.metrics(sample).items():
+            drawn.setdefault(name, []).append(value)
+    tail = 100 * (1 - CONFIDENCE) / 2
+    found: dict[str, float] = {}
+    for name, values in drawn.items():
+        if name not in ("eval/loss", "eval/perplexity"):  # of the whole set; not drawn again
+            low, high = np.percentile(values, [tail, 100 - tail])
+            found |= {f"{name}_low": float(low), f"{name}_high": float(high)}
+    return found
+
+
+def _predictions(task: LabelledTask, totals: Totals) -> Iterator[str]:
+    for index, record in enumerate(task.data.held_out_records()):
+        if index in totals.predictions:
+            row = record | task.prediction(totals.predictions[index])
+            yield json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def table(metrics: dict[str, Any]) -> str:
+    """The metrics, a line each, with their intervals."""
+    names = [name for name in metrics if name.startswith("eval/") and not name.endswith(("_low", "_high"))]
+    width = max(len(name) for name in names)
+    lines = []
+    for name in names:
+        low, high = metrics.get(f"{name}_low"), metrics.get(f"{name}_high")
+        interval = f"  [{low:.4f}, {high:.4f}]" if low is not None and high is not None else ""
+        lines.append(f"{name:{width}s}  {metrics[name]:.4f}{interval}")
+    if "labels" in metrics:
+        lines += ["", confusion.table(metrics["labels"])]
+    return "\n".join(lines)

@@ -1,0 +1,138 @@
+"""A run's newest checkpoint as a directory that plain transformers loads, with tokenizer and model card."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from bigtrain import config as configuration
+from bigtrain.checkpoint import newest
+from bigtrain.checkpoint.weights import iterate_weights, write_weights
+from bigtrain.config import ClassificationConfig, Config, MaskedLMConfig, TaggingConfig
+from bigtrain.data.tokenizer import find_tokenizer, load_tokenizer, special_ids, vocabulary_size
+from bigtrain.errors import ConfigError
+from bigtrain.model_card import model_card
+from bigtrain.models.huggingface import to_huggingface
+
+FORMATS = ("huggingface",)
+LABELS = "labels.json"  # of a run that learns labels: their names, in the order of the head's outputs
+
+
+def export(run: Path, out: Path) -> Path:
+    """Write the model of run directory `run` to `out` in the Hugging Face format and return `out`.
+
+    `out` appears when it is whole. Raises ConfigError for what is no run, has no checkpoint or no labels, a model that
+    transformers has no class for, or an `out` that is not empty; BigtrainError for a damaged checkpoint, OSError where
+    the disk refuses.
+    """
+    out = out.expanduser().resolve()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError("out", str(out), "exists already", "name a directory that is new or empty")
+    config = configuration.load(run / "config.yaml")
+    checkpoint = newest(run)
+    if checkpoint is None:
+        raise ConfigError("RUN", str(run), "holds no complete checkpoint", "train until the first one is saved")
+    tokenizer, tokens = read_tokenizer(run, config)
+    task = config.task
+    settings, tensors = to_huggingface(
+        config.model, iterate_weights(checkpoint), architecture(config), labels(run, config), problem_type(config)
+    )
+    settings |= {name: tokens.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if isinstance(task, (ClassificationConfig, TaggingConfig)):
+        settings["classifier_dropout"] = task.dropout
+
+    staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    staging.mkdir(parents=True)
+    try:
+        write_weights(staging, tensors)
+        write_json(staging / "config.json", settings)
+        if task.kind == "causal_lm":
+            write_json(staging / "generation_config.json", generation_config(config, tokenizer, tokens))
+        shutil.copyfile(run / "tokenizer" / "tokenizer.json", staging / "tokenizer.json")
+        write_json(staging / "tokenizer_config.json", tokenizer_config(config, tokens))
+        (staging / "README.md").write_text(model_card(run, out.name, config, checkpoint), encoding="utf-8")
+        for path in staging.glob("*.safetensors"):
+            shutil.copymode(staging / "config.json", path)  # safetensors lets nobody else read what it writes
+        staging.rename(out)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return out
+
+
+def architecture(config: Config) -> str:
+    """What the exported model is for, as to_huggingface calls it."""
+    if isinstance(config.task, MaskedLMConfig) and config.task.sentence != "none":
+        return "pretraining"
+    return config.task.kind
+
+
+def labels(run: Path, config: Config) -> list[str] | None:
+    """The names of a classifier's outputs; None for other tasks. Raises ConfigError if the run has not kept them."""
+    regression = isinstance(config.task, ClassificationConfig) and config.task.regression
+    if regression or not isinstance(config.task, (ClassificationConfig, TaggingConfig)):
+        return None
+    try:
+        names = json.loads((run / LABELS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("RUN", str(run), f"holds no {LABELS}, the names of its labels") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError("RUN", str(run), f"its {LABELS} cannot be read ({error})") from None
+    if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+        raise ConfigError("RUN", str(run), f"its {LABELS} is no list of names")
+    return names
+
+
+def problem_type(config: Config) -> str | None:
+    if not isinstance(config.task, ClassificationConfig):
+        return None
+    return "regression" if config.task.regression else "single_label_classification"
+
+
+# ------------------------------------------------------------------------------------------------ tokenizer
+
+
+def read_tokenizer(run: Path, config: Config) -> tuple[Any, dict[str, Any]]:
+    """(tokenizer, {eos_token: its text, eos_token_id: its id, ...}), of the special tokens that the run trained with.
+
+    A causal model's documents begin and end with the same token, which also pads if there is none for that.
+    """
+    path = str(run / "tokenizer")
+    if config.task.kind == "causal_lm":
+        tokenizer, eos_id = load_tokenizer(path, "RUN")
+        known = special_ids(tokenizer)
+        ids = {"bos": eos_id, "eos": eos_id, "pad": known.get("pad", eos_id)}
+        ids |= {"unk": known["unk"]} if "unk" in known else {}
+    else:
+        tokenizer = find_tokenizer(path, "RUN")
+        ids = special_ids(tokenizer)
+    named = {f"{name}_token": tokenizer.id_to_token(number) for name, number in ids.items()}
+    return tokenizer, named | {f"{name}_token_id": number for name, number in ids.items()}
+
+
+def tokenizer_config(config: Config, tokens: dict[str, Any]) -> dict[str, Any]:
+    """tokenizer_config.json: the class that takes any tokenizer.json, in transformers 4 and 5."""
+    causal = config.task.kind == "causal_lm"
+    # A decoder must get no token_type_ids: transformers' GPT-2 would add the embeddings of those "tokens".
+    inputs = ["input_ids", "attention_mask"] if causal else ["input_ids", "token_type_ids", "attention_mask"]
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": config.model.max_seq_len,
+        "model_input_names": inputs,
+        "padding_side": "left" if causal else "right",  # a causal model writes on from the last column
+        "clean_up_tokenization_spaces": False,
+    } | {name: token for name, token in tokens.items() if name.endswith("_token")}
+
+
+def generation_config(config: Config, tokenizer: Any, tokens: dict[str, Any]) -> dict[str, Any]:
+    """generation_config.json. Rows of the embedding that no token has (it is rounded up) are never written."""
+    ids = {name: tokens[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    nobody = list(range(vocabulary_size(tokenizer), config.model.vocab_size or 0))
+    return ids | ({"suppress_tokens": nobody} if nobody else {})
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,33 @@
+"""Writing files so that neither a reader nor a crash ever finds half of one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` so that a reader, a crash or a power cut finds the old file or the new one, never part of it.
+
+    Raises OSError if it cannot be written, and leaves nothing of the attempt behind.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)  # the rename itself
+
+
+def fsync(path: Path) -> None:
+    """Force a file, or a directory's list of names, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

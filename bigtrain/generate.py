@@ -1,0 +1,220 @@
+"""Write on from a prompt, or translate it, with the newest checkpoint of a run."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigtrain import config as configuration
+from bigtrain import models
+from bigtrain.checkpoint import newest
+from bigtrain.checkpoint.weights import load_into
+from bigtrain.config import DecoderConfig, InstructionConfig, Seq2SeqConfig, TaskConfig, TranslationConfig
+from bigtrain.data.encode_examples import TranslationEncoder
+from bigtrain.data.encode_instructions import prompt_text
+from bigtrain.data.tokenizer import load_tokenizer, special_ids, vocabulary_size
+from bigtrain.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+BATCH = 16  # prompts written on at a time
+
+
+def run(
+    run: Path,
+    prompts: list[str],
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    num_beams: int = 1,
+    seed: int = 0,
+    device: str = "auto",
+) -> list[str]:
+    """Each prompt with what the model of run directory `run` writes after it, to the end of the document at most.
+    Of an encoder-decoder the prompt is the source, and the result is what it writes for that alone; of a model that was
+    trained to answer (task=instruction) it is the answer alone.
+
+    temperature 0 takes the likeliest token (greedy, or with num_beams > 1 beam search); above 0 it samples, from the
+    top_k likeliest tokens and the likeliest that make up probability top_p (arXiv 1904.09751). The same arguments and
+    prompts give the same text. A prompt that leaves too little of the model's context is shortened at its beginning.
+    Raises ConfigError for what is no run, has no checkpoint, or a number out of range.
+    """
+    check_options(max_new_tokens, temperature, top_k, top_p, num_beams)
+    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device", device, "no CUDA device here", "take cpu or auto")
+    config = configuration.load(run / "config.yaml")
+    if not isinstance(config.model, (DecoderConfig, Seq2SeqConfig)):
+        raise ConfigError("RUN", str(run), f"holds a model of kind {config.model.kind}, which does not write text")
+    checkpoint = newest(run)
+    if checkpoint is None:
+        raise ConfigError("RUN", str(run), "holds no complete checkpoint", "train until the first one is saved")
+    tokenizer, eos_id = load_tokenizer(str(run / "tokenizer"), "RUN")
+    model = load_model(config.model, checkpoint, where)
+    options: dict[str, Any] = {"num_beams": num_beams, "do_sample": temperature > 0}
+    if temperature > 0:  # top_k 0 and top_p 1 are no restriction; transformers would take 50
+        options |= {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
+    torch.manual_seed(seed)
+    if isinstance(model, models.Seq2Seq):
+        return write_translations(model, prompts, tokenizer, config.task, max_new_tokens, options)
+    answers = config.task if isinstance(config.task, InstructionConfig) else None
+    given = [prompt_text(prompt, answers.template) for prompt in prompts] if answers else prompts
+    encoded = [[eos_id, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in given]
+    written = write_on(model, encoded, eos_id, vocabulary_size(tokenizer), max_new_tokens, options)
+    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
+    return texts if answers else [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+
+
+def check_options(
+    max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None, num_beams: int
+) -> None:
+    """Raises ConfigError for a number out of range, or one that would have no effect."""
+    for name, value in (("max_new_tokens", max_new_tokens), ("num_beams", num_beams), ("top_k", top_k)):
+        if value is not None and value < 1:
+            raise ConfigError(name, value, "must be at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise ConfigError("temperature", temperature, "must be at least 0")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError("top_p", top_p, "must be above 0 and at most 1")
+    if temperature == 0 and (top_k is not None or top_p is not None):
+        raise ConfigError(
+            "temperature", temperature, "takes the likeliest token, so top_k and top_p have no effect",
+            "set it above 0, 1.0 for the model's own probabilities",
+        )  # fmt: skip
+
+
+def load_model(
+    config: DecoderConfig | Seq2SeqConfig, checkpoint: Path, device: torch.device
+) -> models.Decoder | models.Seq2Seq:
+    """The trained model, ready to write: bfloat16 on a GPU, float32 on a CPU, which has no faster type everywhere."""
+    with torch.device("meta"):  # draws no weights that the checkpoint's would overwrite
+        model = models.Seq2Seq(config) if isinstance(config, Seq2SeqConfig) else models.Decoder(config)
+    model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).to_empty(device=device)
+    model.tie_weights()
+    load_into(model, checkpoint)
+    return model.eval()
+
+
+@torch.inference_mode()
+def write_translations(
+    model: models.Seq2Seq,
+    sources: list[str],
+    tokenizer: Any,
+    task: TaskConfig,
+    max_new_tokens: int,
+    options: dict[str, Any],
+) -> list[str]:
+    """What the model makes of each source; one that is too long is cut as in training, and a warning says so."""
+    with quiet():
+        from bigtrain.models.generation import translate
+
+    assert isinstance(task, TranslationConfig)
+    special, device = special_ids(tokenizer), model.embedding.weight.device
+    encoder = TranslationEncoder(task, tokenizer, model.config.max_seq_len)
+    texts: list[str] = []
+    for begin in range(0, len(sources), BATCH):
+        encoded = encoder.sources(sources[begin : begin + BATCH])
+        length = max(map(len, encoded))
+        tokens = torch.tensor([row + [special["pad"]] * (length - len(row)) for row in encoded], device=device)
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in encoded], device=device)
+        written = translate(
+            model, model.config, model(tokens, mask), mask, special, vocabulary_size(tokenizer), max_new_tokens, options
+        )
+        texts += tokenizer.decode_batch(written)
+    if encoder.cut:
+        logger.warning("%d sources were cut: the model reads %d tokens", encoder.cut, encoder.length)
+    return texts
+
+
+def write_on(
+    decoder: models.Decoder,
+    prompts: list[list[int]],
+    eos_id: int,
+    vocab_size: int,
+    max_new_tokens: int,
+    options: dict[str, Any],
+) -> list[list[int]]:
+    """The new tokens after each of `prompts`, the closing eos_id not among them. `options`: of GenerationConfig.
+
+    Prompts of one batch may write equally many tokens, so that none gets fewer than it would alone.
+    """
+    fitted = [fit(prompt, max_new_tokens, decoder.config.max_seq_len) for prompt in prompts]
+    by_room = defaultdict(list)
+    for index, (_, room) in enumerate(fitted):
+        by_room[room].append(index)
+    written: list[list[int]] = [[] for _ in prompts]
+    for room, same in by_room.items():
+        for indices in (same[start : start + BATCH] for start in range(0, len(same), BATCH)):
+            batch = [fitted[index][0] for index in indices]
+            for index, tokens in zip(
+                indices, _generate(decoder, batch, eos_id, vocab_size, room, options), strict=True
+            ):
+                written[index] = tokens
+    return written
+
+
+def fit(prompt: list[int], max_new_tokens: int, max_seq_len: int) -> tuple[list[int], int]:
+    """(prompt, tokens to write) that the context holds; a warning says what was cut.
+
+    A prompt is only shortened as far as half the context: then it is the new tokens that get fewer.
+    """
+    if len(prompt) + max_new_tokens <= max_seq_len:
+        return prompt, max_new_tokens
+    kept = prompt[-max(max_seq_len - max_new_tokens, max_seq_len // 2, 1) :]
+    room = max_seq_len - len(kept)
+    if len(kept) < len(prompt):
+        logger.warning(
+            "the prompt's last %d of %d tokens are used: the model's context is %d", len(kept), len(prompt), max_seq_len
+        )
+    if room < max_new_tokens:
+        logger.warning("at most %d tokens are written: the model's context is %d", room, max_seq_len)
+    return kept, room
+
+
+@torch.inference_mode()
+def _generate(
+    decoder: models.Decoder,
+    prompts: list[list[int]],
+    eos_id: int,
+    vocab_size: int,
+    max_new_tokens: int,
+    options: dict[str, Any],
+) -> list[list[int]]:
+    with quiet():
+        from transformers import GenerationConfig
+
+        from bigtrain.models.generation import DecoderForGeneration
+
+    tokens, mask = pad_left(prompts, eos_id, decoder.embedding.weight.device)
+    settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos_id, pad_token_id=eos_id, **options)
+    model = DecoderForGeneration(decoder, vocab_size)
+    output = model.generate(tokens, attention_mask=mask, generation_config=settings)[:, tokens.size(1) :].tolist()
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in output]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings while a library is imported: torchao, which transformers loads, has several for every machine."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+def pad_left(prompts: list[list[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(tokens, attention mask), each (B, T) int64: prompts end in the last column, the mask is 0 before they begin."""
+    length = max(map(len, prompts))
+    tokens = [[pad_id] * (length - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(tokens, device=device), torch.tensor(mask, device=device)

@@ -1,0 +1,116 @@
+"""What can watch a run: a Hook observes and never changes it; Hooks fans every event out to several."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bigtrain.config import Config
+
+logger = logging.getLogger(__name__)
+
+Metrics = dict[str, float]
+
+
+@dataclass
+class RunInfo:
+    """What is known when the first step is about to begin."""
+
+    run_dir: Path
+    config: Config
+    rank: int
+    world_size: int
+    device_name: str
+    parameters: int
+    flops_per_token: float
+    peak_flops: float | None  # of all ranks together, per second; None: unknown
+    tokens_per_step: int | None  # None: it differs from step to step
+    start_step: int  # optimizer steps already done
+    resumed: bool
+
+
+class Hook:
+    """Every method does nothing, so that a hook writes only those it needs. `step` counts optimizer steps done."""
+
+    def on_start(self, info: RunInfo) -> None:
+        """Before the first step, after load_state."""
+
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        """Every logger.log_every steps, on global rank 0."""
+
+    def on_evaluate(self, step: int, metrics: Metrics) -> None: ...
+
+    def on_checkpoint(self, step: int, path: Path) -> None:
+        """After the checkpoint is complete."""
+
+    def on_end(self, result: dict[str, Any]) -> None:
+        """The run finished or was stopped; `result` is what result.json holds."""
+
+    def on_failure(self, error: BaseException) -> None: ...
+
+    def close(self) -> None:
+        """Always the last call; may come more than once."""
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs, as JSON-able data; kept in the checkpoint."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Before on_start, with what state() gave to the checkpoint."""
+
+
+class Hooks(Hook):
+    """Several hooks as one. One that raises is reported once and left out from then on: watching must not end a run."""
+
+    def __init__(self, hooks: Iterable[Hook] = ()) -> None:
+        self.hooks = list(hooks)
+
+    def _each(self, event: str, call: Callable[[Hook], None]) -> None:
+        for hook in list(self.hooks):
+            try:
+                call(hook)
+            except Exception as error:
+                self.hooks.remove(hook)
+                logger.warning(
+                    "%s failed in %s and is switched off for the rest of the run: %s: %s",
+                    type(hook).__name__, event, type(error).__name__, error,
+                )  # fmt: skip
+                logger.debug("", exc_info=True)
+
+    def on_start(self, info: RunInfo) -> None:
+        self._each("on_start", lambda hook: hook.on_start(info))
+
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        self._each("on_step", lambda hook: hook.on_step(step, metrics))
+
+    def on_evaluate(self, step: int, metrics: Metrics) -> None:
+        self._each("on_evaluate", lambda hook: hook.on_evaluate(step, metrics))
+
+    def on_checkpoint(self, step: int, path: Path) -> None:
+        self._each("on_checkpoint", lambda hook: hook.on_checkpoint(step, path))
+
+    def on_end(self, result: dict[str, Any]) -> None:
+        self._each("on_end", lambda hook: hook.on_end(result))
+
+    def on_failure(self, error: BaseException) -> None:
+        self._each("on_failure", lambda hook: hook.on_failure(error))
+
+    def close(self) -> None:
+        self._each("close", lambda hook: hook.close())
+
+    def state(self) -> dict[str, Any]:
+        """{class name: its state}, of the hooks that have any."""
+        states: dict[str, Any] = {}
+
+        def collect(hook: Hook) -> None:
+            if state := hook.state():
+                states[type(hook).__name__] = state
+
+        self._each("state", collect)
+        return states
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._each("load_state", lambda hook: hook.load_state(state.get(type(hook).__name__, {})))

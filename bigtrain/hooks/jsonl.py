@@ -1,0 +1,75 @@
+"""metrics.jsonl: one line of JSON per logged step and per evaluation, the record that reports are made from."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bigtrain.hooks.base import Hook, Metrics, RunInfo
+
+
+class JsonlHook(Hook):
+    """Appends {"step", "time" (unix seconds), metrics ...}; a number that is not finite is written as null.
+
+    Each line is one unbuffered write, so a killed run leaves whole lines (but perhaps the last). A resumed run
+    first drops the lines of steps that it will do again, and a torn last line.
+    """
+
+    def __init__(self) -> None:
+        self._file: int | None = None
+
+    def on_start(self, info: RunInfo) -> None:
+        path = info.run_dir / "metrics.jsonl"
+        rewind(path, info.start_step if info.resumed else 0)
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        if self._file is None:
+            return
+        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **numbers}) + "\n"
+        os.write(self._file, line.encode())
+
+    def on_evaluate(self, step: int, metrics: Metrics) -> None:
+        self.on_step(step, metrics)
+
+    def close(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a metrics.jsonl, of a run that goes on or was killed too; none if there is no file."""
+    if path.exists():
+        with path.open("rb") as lines:
+            yield from (row for row in map(_parse, lines) if row is not None)
+
+
+def rewind(path: Path, last_step: int) -> None:
+    """Keep the whole lines up to `last_step`: none if that is 0. The file is replaced in one move or not at all."""
+    if not path.exists():
+        return
+    kept = path.with_name(path.name + ".tmp")
+    with path.open("rb") as old, kept.open("wb") as new:
+        for line in old:
+            row = _parse(line)
+            if row is not None and row["step"] <= last_step:
+                new.write(line)
+        new.flush()
+        os.fsync(new.fileno())
+    os.replace(kept, path)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A whole line's data; None of a torn or damaged one."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None

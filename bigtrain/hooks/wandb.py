@@ -1,0 +1,201 @@
+"""Weights & Biases: one run, from global rank 0, that a resumed training continues.
+
+Files go to run_dir/wandb. Without a key the run is kept there (offline, `wandb sync` uploads it later) and nobody is
+asked anything. wandb is imported only when it is used.
+"""
+
+from __future__ import annotations
+
+import logging
+import netrc
+import os
+import secrets
+import struct
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from bigtrain.config import WandbConfig, to_dict
+from bigtrain.hooks.base import Hook, Metrics, RunInfo
+from bigtrain.hooks.jsonl import read_metrics
+from bigtrain.redact import redact
+
+logger = logging.getLogger(__name__)
+
+INIT_SECONDS = 30.0  # how long a server may take to answer before the run is kept offline
+
+
+class WandbHook(Hook):
+    """Logs every row at its optimizer step, which is also the x axis.
+
+    A resumed run does some steps a second time. Rows that wandb already has are not sent again, so the history has
+    each step once: as the first time showed it.
+    """
+
+    def __init__(self) -> None:
+        self._run: Any = None
+        self._id: str | None = None
+        self._first_step = 0  # rows before it are in the history already
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self._id = state.get("id")
+
+    def state(self) -> dict[str, Any]:
+        return {"id": self._id} if self._id else {}
+
+    def on_start(self, info: RunInfo) -> None:
+        import wandb
+
+        options = info.config.logger.wandb
+        # A checkpoint of another run directory starts a run of its own: two writers would mix in one history.
+        earlier = list((info.run_dir / "wandb").glob(f"*run-*-{self._id}")) if self._id else []
+        if not (info.resumed and earlier):
+            self._id = secrets.token_hex(4)
+        settings: dict[str, Any] = {
+            "silent": True,  # the console belongs to the progress bar
+            "console": "off",
+            "disable_git": True,  # a remote's address can hold a login
+            "disable_code": True,
+            "api_key": find_key(),  # given, so that wandb has nothing to ask
+            "init_timeout": INIT_SECONDS,
+            "finish_timeout": 60.0,  # a dead network must not hold the ranks at the end
+        }
+        fields = wandb.Settings.model_fields
+        arguments: dict[str, Any] = {
+            "project": options.project,
+            "entity": options.entity,
+            "name": options.name or info.run_dir.resolve().name,
+            "group": options.group,
+            "tags": options.tags,
+            "id": self._id,
+            "resume": "allow",
+            "dir": str(info.run_dir),
+            "config": redact(_run_config(info)),
+            "settings": wandb.Settings(**{name: value for name, value in settings.items() if name in fields and value}),
+        }
+        mode: Any = choose_mode(options)
+        try:
+            self._run = wandb.init(mode=mode, **arguments)
+        except Exception as error:  # no network, a wrong key, a server's refusal: keep the run here instead
+            if mode == "offline":
+                raise
+            logger.warning("wandb cannot be reached, the run is kept offline: %s", str(error).partition("\n")[0])
+            wandb.teardown()  # or its process holds on to the run's id
+            self._run = wandb.init(mode="offline", **arguments)
+        # What an online run left here may not have been uploaded: there only the server's word counts.
+        kept = [path for path in earlier if self._run.offline or path.name.startswith("offline-")]
+        self._first_step = max([self._run.starting_step, *(last_step(path) + 1 for path in kept)])
+        self._run.define_metric("step", hidden=True)
+        self._run.define_metric("*", step_metric="step")
+        if info.resumed:  # a killed run's last rows may not have reached wandb; metrics.jsonl has them
+            for row in read_metrics(info.run_dir / "metrics.jsonl"):
+                if row["step"] <= info.start_step:
+                    self.on_step(
+                        row.pop("step"),
+                        {name: value for name, value in row.items() if name != "time" and value is not None},
+                    )
+
+    def on_step(self, step: int, metrics: Metrics) -> None:
+        if self._run is not None and step >= self._first_step:
+            self._run.log({"step": step, **metrics}, step=step)  # rows of one step are merged
+
+    def on_evaluate(self, step: int, metrics: Metrics) -> None:
+        self.on_step(step, metrics)
+
+    def on_end(self, result: dict[str, Any]) -> None:
+        if self._run is not None:
+            self._run.summary.update(redact(result))
+            self._finish(0)
+
+    def on_failure(self, error: BaseException) -> None:
+        self._finish(1)
+
+    def close(self) -> None:
+        self._finish(1)  # on_end did not come
+
+    def _finish(self, exit_code: int) -> None:
+        run, self._run = self._run, None
+        if run is not None:
+            import wandb
+
+            run.finish(exit_code=exit_code)
+            wandb.teardown()  # finish may come back before its process has written the file
+
+
+def _run_config(info: RunInfo) -> dict[str, Any]:
+    """What the run is, with the facts that are not in its config."""
+    facts = {
+        "parameters": info.parameters,
+        "world_size": info.world_size,
+        "device": info.device_name,
+        "tokens_per_step": info.tokens_per_step,
+    }
+    return {**to_dict(info.config), "run": facts}
+
+
+def choose_mode(options: WandbConfig) -> str:
+    """online or offline (or what WANDB_MODE says); never online without a key, for wandb would ask for one."""
+    mode = os.environ.get("WANDB_MODE", "online") if options.mode == "auto" else options.mode
+    if mode == "online" and not (find_key() or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")):
+        if options.mode == "online":
+            logger.warning("wandb has no key (WANDB_API_KEY or `wandb login`): the run is kept offline")
+        return "offline"
+    return mode
+
+
+def find_key() -> str | None:
+    """The key that is in the environment or in the netrc file, where `wandb login` puts it."""
+    if key := os.environ.get("WANDB_API_KEY"):
+        return key
+    import wandb
+
+    host = urlsplit(wandb.setup().settings.base_url).netloc
+    hosts = [host] if "WANDB_BASE_URL" in os.environ else [host, "api.wandb.ai"]  # the cloud has had several names
+    for place in [os.environ["NETRC"]] if "NETRC" in os.environ else ["~/.netrc", "~/_netrc"]:
+        with suppress(OSError, netrc.NetrcParseError):
+            logins = netrc.netrc(os.path.expanduser(place))
+            for login in map(logins.authenticators, hosts):
+                if login and login[2]:
+                    return login[2]
+    return None
+
+
+# ------------------------------------------------------------------------------------ reading its files back
+
+
+def last_step(directory: Path) -> int:
+    """The highest step in a run's file (run-*.wandb) under `directory`, as far as it is readable; -1 if none."""
+    steps = [-1]
+    for path in directory.glob("run-*.wandb"):
+        with suppress(Exception):  # a format of another wandb version, a torn tail: what is known then is enough
+            for record in read_records(path):
+                if record.WhichOneof("record_type") == "history":
+                    steps.append(record.history.step.num)
+    return max(steps)
+
+
+def read_records(path: Path) -> Iterator[Any]:
+    """The wandb_internal_pb2.Record messages of a .wandb file, to the first that is torn.
+
+    The file is a LevelDB log (its doc/log_format.md) with 7 bytes of magic and version in front: blocks of 32 KiB,
+    in them chunks of checksum (4 bytes), length (2), type (1: whole, 2: first, 3: middle, 4: last part) and data.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    block, header = 32 * 1024, struct.Struct("<IHB")
+    data, at, parts = path.read_bytes(), header.size, b""
+    while at + header.size <= len(data):
+        left = block - at % block
+        if left < header.size:  # too short for a chunk: zeros up to the next block
+            at += left
+            continue
+        _, length, kind = header.unpack_from(data, at)
+        chunk = data[at + header.size : at + header.size + length]
+        if kind not in (1, 2, 3, 4) or len(chunk) < length:
+            return
+        at += header.size + length
+        parts = chunk if kind in (1, 2) else parts + chunk
+        if kind in (1, 4):
+            yield wandb_internal_pb2.Record.FromString(parts)

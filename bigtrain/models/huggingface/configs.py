@@ -1,0 +1,183 @@
+"""config.json -> our model's config. What our models cannot do exactly is refused, never approximated."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from bigtrain.config import DecoderConfig, EncoderConfig, ModelConfig
+from bigtrain.errors import ConfigError
+from bigtrain.models.huggingface.importing import open_weights
+
+logger = logging.getLogger(__name__)
+
+Refuse = Callable[[str, Any, str], ConfigError]
+Gelu = Literal["gelu", "gelu_tanh"]
+GELU: dict[str, Gelu] = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+
+
+def read_config(directory: Path, key: str = "init_from") -> ModelConfig:
+    """The config of the model in a Hugging Face directory; `key` is what errors name.
+
+    Its defaults and older spellings are resolved as transformers does. Raises ConfigError for a directory without
+    config.json or with pickled weights only, an architecture that is not ours, or a setting that we cannot express;
+    BigtrainError where there are no weights.
+    """
+    try:
+        values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        kind = values.get("model_type")
+    except FileNotFoundError:
+        raise ConfigError(key, str(directory), "no config.json there", "name a Hugging Face directory") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(key, str(directory), f"its config.json cannot be read ({error})") from None
+    if kind not in _READERS:
+        raise ConfigError(key, str(directory), f"its model_type is {kind}", f"one of {', '.join(_READERS)} is wanted")
+
+    def refuse(name: str, value: Any, problem: str) -> ConfigError:
+        return ConfigError(key, str(directory), f"its config.json has {name}={value}: {problem}")
+
+    if values.get("quantization_config") is not None:
+        raise refuse("quantization_config", "...", "its weights are quantized; take the original ones")
+    try:
+        theirs = _their_class(kind).from_dict(values)
+        config = _READERS[kind](theirs, refuse)
+    except ConfigError:
+        raise
+    except Exception as error:  # transformers checks types and values, and raises many kinds
+        raise ConfigError(key, str(directory), f"its config.json is no {kind}'s ({_one_line(error)})") from None
+    names = open_weights(directory, key).names
+    if isinstance(config, EncoderConfig):
+        config.pooler = any(name.endswith("pooler.dense.weight") for name in names)  # config.json does not say
+        if not theirs.tie_word_embeddings and any(name.startswith("cls.predictions.") for name in names):
+            raise refuse("tie_word_embeddings", False, "our head for masked words shares the token embedding")
+    return config
+
+
+def _their_class(kind: str) -> Any:
+    # One by one: transformers' top level takes seconds longer.
+    if kind == "gpt2":
+        from transformers.models.gpt2.configuration_gpt2 import GPT2Config as Theirs
+    elif kind == "bert":
+        from transformers.models.bert.configuration_bert import BertConfig as Theirs
+    elif kind == "mistral":
+        from transformers.models.mistral.configuration_mistral import MistralConfig as Theirs
+    else:
+        from transformers.models.llama.configuration_llama import LlamaConfig as Theirs
+    return Theirs
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _gpt2(theirs: Any, refuse: Refuse) -> DecoderConfig:
+    for name, value in (
+        ("scale_attn_weights", True),
+        ("scale_attn_by_inverse_layer_idx", False),
+        ("add_cross_attention", False),
+    ):
+        if getattr(theirs, name) != value:
+            raise refuse(name, getattr(theirs, name), "our attention does not do that")
+    return DecoderConfig(
+        dim=theirs.n_embd,
+        n_layers=theirs.n_layer,
+        n_heads=theirs.n_head,
+        ffn_dim=theirs.n_inner or 4 * theirs.n_embd,
+        vocab_size=theirs.vocab_size,
+        max_seq_len=theirs.n_positions,
+        norm_eps=theirs.layer_norm_epsilon,
+        activation=_gelu("activation_function", theirs.activation_function, refuse),
+        tie_embeddings=theirs.tie_word_embeddings,
+        dropout=_dropout(theirs, "resid_pdrop", "embd_pdrop", "attn_pdrop"),
+        init_std=theirs.initializer_range,
+    )
+
+
+def _llama(theirs: Any, refuse: Refuse) -> DecoderConfig:
+    """Llama, and Mistral where it attends to the whole context."""
+    rope = dict(theirs.rope_parameters or {})
+    theta = rope.pop("rope_theta", 10_000.0)
+    rope.pop("type", None)  # the older name of rope_type, which transformers fills in from it
+    if rope.pop("rope_type", "default") != "default" or rope.pop("partial_rotary_factor", 1.0) != 1.0 or rope:
+        raise refuse("rope_scaling", theirs.rope_parameters, "our rotary positions are not scaled")
+    if theirs.head_dim != theirs.hidden_size // theirs.num_attention_heads:
+        raise refuse("head_dim", theirs.head_dim, "our heads are hidden_size / num_attention_heads wide")
+    if theirs.hidden_act != "silu":
+        raise refuse("hidden_act", theirs.hidden_act, "our gated feed-forward layer has silu (swiglu)")
+    window = getattr(theirs, "sliding_window", None)
+    if window is not None and window < theirs.max_position_embeddings:
+        raise refuse("sliding_window", window, "our attention sees the whole context")
+    bias = getattr(theirs, "attention_bias", False)
+    if bias != getattr(theirs, "mlp_bias", False):
+        raise refuse("attention_bias", bias, "our layers have biases everywhere or nowhere")
+    return DecoderConfig(
+        dim=theirs.hidden_size,
+        n_layers=theirs.num_hidden_layers,
+        n_heads=theirs.num_attention_heads,
+        n_kv_heads=theirs.num_key_value_heads,
+        ffn_dim=theirs.intermediate_size,
+        vocab_size=theirs.vocab_size,
+        max_seq_len=theirs.max_position_embeddings,
+        positions="rotary",
+        rope_theta=float(theta),
+        norm="rmsnorm",
+        norm_eps=theirs.rms_norm_eps,
+        activation="swiglu",
+        bias=bias,
+        tie_embeddings=theirs.tie_word_embeddings,
+        dropout=float(theirs.attention_dropout or 0.0),
+        init_std=theirs.initializer_range,
+    )
+
+
+def _bert(theirs: Any, refuse: Refuse) -> EncoderConfig:
+    position_type = getattr(theirs, "position_embedding_type", "absolute")  # of older versions
+    if position_type != "absolute":
+        raise refuse("position_embedding_type", position_type, "our positions are absolute")
+    for name in ("is_decoder", "add_cross_attention"):
+        if getattr(theirs, name):
+            raise refuse(name, True, "our encoder is none of a translation model")
+    return EncoderConfig(
+        dim=theirs.hidden_size,
+        n_layers=theirs.num_hidden_layers,
+        n_heads=theirs.num_attention_heads,
+        ffn_dim=theirs.intermediate_size,
+        vocab_size=theirs.vocab_size,
+        max_seq_len=theirs.max_position_embeddings,
+        token_types=theirs.type_vocab_size,
+        norm_eps=theirs.layer_norm_eps,
+        activation=_gelu("hidden_act", theirs.hidden_act, refuse),
+        dropout=_dropout(theirs, "hidden_dropout_prob", "attention_probs_dropout_prob"),
+        init_std=theirs.initializer_range,
+    )
+
+
+def _gelu(name: str, value: Any, refuse: Refuse) -> Gelu:
+    if value not in GELU:
+        raise refuse(name, value, f"one of {', '.join(GELU)} is wanted")
+    return GELU[value]
+
+
+def _dropout(theirs: Any, *names: str) -> float:
+    """Our one dropout: the first of theirs. It does not touch what the model computes, only how it goes on learning."""
+    values = {name: float(getattr(theirs, name)) for name in names}
+    if len(set(values.values())) > 1:
+        told = ", ".join(f"{name}={value}" for name, value in values.items())
+        logger.warning("the model has several dropouts (%s); here all are %s", told, values[names[0]])
+    return values[names[0]]
+
+
+_READERS: dict[str, Callable[[Any, Refuse], ModelConfig]] = {
+    "gpt2": _gpt2,
+    "llama": _llama,
+    "mistral": _llama,
+    "bert": _bert,
+}

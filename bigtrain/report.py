@@ -1,0 +1,500 @@
+"""One page about one run or several: pictures, results, and where their configs differ.
+
+Made from metrics.jsonl, result.json and config.yaml alone, so that it works for a run that is going on, was killed, or
+was copied from elsewhere. The page is one file: pictures are embedded, nothing is loaded from a network.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from bigtrain import __version__
+from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.hooks.console import HEADLINES, count, duration
+from bigtrain.hooks.jsonl import read_metrics
+from bigtrain.redact import redact
+
+Series = tuple[np.ndarray, np.ndarray]  # steps, values
+
+
+@dataclass
+class Run:
+    name: str
+    path: Path
+    rows: list[dict[str, Any]]  # of metrics.jsonl
+    result: dict[str, Any]  # of result.json, else what the metrics say so far
+    config: dict[str, Any]  # dotted key -> value, secrets taken out
+
+    def series(self, metric: str) -> Series:
+        """The finite values of a metric and their steps, each (points,)."""
+        points = [(row["step"], row[metric]) for row in self.rows if isinstance(row.get(metric), (int, float))]
+        steps, values = np.array(points, dtype=float).reshape(-1, 2).T
+        finite = np.isfinite(values)
+        return steps[finite], values[finite]
+
+
+def write_report(runs: list[Path], out: Path | None = None) -> Path:
+    """Write index.html and the pictures as PNG into `out` and return the page's path.
+
+    `out` is by default RUN/report for one run and ./report for several. Raises ConfigError for what is no run or has
+    no metrics, BigtrainError if `out` cannot be written.
+    """
+    loaded = load_runs(runs)
+    directory = out or (loaded[0].path / "report" if len(loaded) == 1 else Path("report"))
+    pictures = {name: png for name, draw in PICTURES.items() if (png := draw(loaded)) is not None}
+    page = render(loaded, pictures)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, png in pictures.items():
+            (directory / f"{name}.png").write_bytes(png)
+        (directory / "index.html").write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise BigtrainError(f"the report cannot be written: {error}") from None
+    return directory / "index.html"
+
+
+# ------------------------------------------------------------------------------------------------- reading
+
+
+def load_runs(paths: list[Path]) -> list[Run]:
+    """Read the runs, each once, named by as much of the end of their path as tells them apart."""
+    if not paths:
+        raise ConfigError("RUN", "", "missing", "name at least one run directory")
+    unique = {path.resolve(): path for path in paths}
+    names = dict(zip(unique, _names(list(unique)), strict=True))
+    return [_load_run(path, names[resolved]) for resolved, path in unique.items()]
+
+
+def _names(paths: list[Path]) -> list[str]:
+    for parts in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def _load_run(path: Path, name: str) -> Run:
+    if not path.is_dir():
+        raise ConfigError("RUN", str(path), "no such directory")
+    try:
+        rows = list(read_metrics(path / "metrics.jsonl"))
+        text = _read(path / "result.json")
+        settings = yaml.safe_load(_read(path / "config.yaml")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError("RUN", str(path), f"cannot be read ({str(error).splitlines()[0]})") from None
+    if not rows:
+        raise ConfigError("RUN", str(path), "holds no metrics (metrics.jsonl)", "name a run that has begun to train")
+    try:
+        result = json.loads(text) if text else {}
+    except ValueError:  # torn by a kill
+        result = {}
+    config = dict(_flatten(redact(settings))) if isinstance(settings, dict) else {}
+    return Run(name, path, rows, _so_far(rows) | redact(result), config)
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _so_far(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """What result.json would hold, as far as the metrics tell; its own values come before these."""
+    last = {name: value for row in rows for name, value in row.items() if value is not None}
+    peaks = [row["perf/peak_memory_gib"] for row in rows if row.get("perf/peak_memory_gib") is not None]
+    times = [row["time"] for row in rows if "time" in row]
+    return last | {
+        "status": "not finished",
+        "train/steps": last["step"],
+        "time/total_seconds": max(times) - min(times) if times else None,
+        "perf/peak_memory_gib": max(peaks, default=None),
+    }
+
+
+def _flatten(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict) and value:
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
+# Okabe and Ito's palette, which people with any colour vision can tell apart; then again with another dash.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
+STYLE: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": INK,
+    "axes.edgecolor": "#cbd2d9",
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlelocation": "left",
+    "axes.titlesize": 12,
+    "axes.titleweight": "bold",
+    "axes.titlepad": 12,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "legend.edgecolor": "none",
+    "legend.framealpha": 0.85,
+    "lines.solid_capstyle": "round",
+}
+HELD_OUT: dict[str, Any] = {
+    "linewidth": 1.0,
+    "linestyle": ":",
+    "marker": "o",
+    "markersize": 5.5,
+    "markeredgecolor": "white",
+    "zorder": 4,
+}
+LARGE, SMALL, DPI = (10.0, 4.6), (4.9, 3.2), 180
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    """Moving average over about a fortieth of the points, centred, so that a falling curve is not lagged behind.
+
+    The window shrinks towards the first point, where curves are steep, and is cut off at the last.
+    """
+    index = np.arange(len(values))
+    before = np.minimum(index, len(values) // 80)
+    after = np.minimum(before, len(values) - 1 - index)
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[index + after + 1] - sums[index - before]) / (after + before + 1)
+
+
+def draw_loss(runs: list[Run]) -> bytes | None:
+    """Training loss, faint as it was and smoothed, and held-out loss as points."""
+
+    def draw(axes: Any) -> None:
+        for run, colour, dash in _styles(runs):
+            label = run.name if len(runs) > 1 else "training"
+            steps, values = run.series("train/loss")
+            if len(steps):
+                smoothed = smooth(values)
+                axes.plot(*thin(steps, values), color=colour, alpha=0.18, linewidth=0.9)
+                axes.plot(*thin(steps, smoothed), color=colour, linestyle=dash, linewidth=1.9, label=label)
+            steps, values = run.series("eval/loss")
+            if len(steps):
+                held_out = colour if len(runs) > 1 else COLOURS[1]
+                axes.plot(steps, values, color=held_out, **HELD_OUT)
+                if len(runs) == 1:  # say the number where it is
+                    axes.annotate(
+                        f"{values[-1]:.3f}", (steps[-1], values[-1]), xytext=(7, 0), textcoords="offset points",
+                        va="center", color=held_out, fontweight="bold", fontsize=9.5,
+                    )  # fmt: skip
+        _cut_start(axes, runs)
+        axes.set_ylabel("nats per token")
+        if _any(runs, "eval/loss"):  # one entry for all runs
+            axes.plot([], [], color=MUTED if len(runs) > 1 else COLOURS[1], label="held-out", **HELD_OUT)
+        axes.legend(loc="upper right", fontsize=9.5 if len(runs) < 8 else 8, labelcolor=INK)
+
+    return _picture("Loss", LARGE, draw) if _any(runs, "train/loss", "eval/loss") else None
+
+
+def draw_lr(runs: list[Run]) -> bytes | None:
+    return _draw_metric(runs, "train/lr", "Learning rate", "", smoothed=False)
+
+
+def draw_grad_norm(runs: list[Run]) -> bytes | None:
+    return _draw_metric(runs, "train/grad_norm", "Gradient norm", "before clipping", smoothed=True)
+
+
+def draw_throughput(runs: list[Run]) -> bytes | None:
+    return _draw_metric(runs, "perf/tokens_per_second", "Throughput", "tokens per second", smoothed=True)
+
+
+def draw_memory(runs: list[Run]) -> bytes | None:
+    return _draw_metric(runs, "perf/peak_memory_gib", "Peak memory", "GiB on rank 0", smoothed=False)
+
+
+PICTURES: dict[str, Callable[[list[Run]], bytes | None]] = {
+    "loss": draw_loss,
+    "lr": draw_lr,
+    "grad_norm": draw_grad_norm,
+    "throughput": draw_throughput,
+    "memory": draw_memory,
+}
+
+
+def _draw_metric(runs: list[Run], metric: str, title: str, unit: str, smoothed: bool) -> bytes | None:
+    def draw(axes: Any) -> None:
+        tops = []
+        for run, colour, dash in _styles(runs):
+            steps, values = run.series(metric)
+            if not len(steps):
+                continue
+            line = smooth(values) if smoothed else values
+            if smoothed:
+                axes.plot(*thin(steps, values), color=colour, alpha=0.18, linewidth=0.8)
+            marker = "o" if len(steps) == 1 else None  # a line of one point cannot be seen
+            axes.plot(*thin(steps, line), color=colour, linestyle=dash, linewidth=1.7, label=run.name, marker=marker)
+            tops.append(max(np.percentile(values, 99), line[len(line) // 20 :].max()))
+        axes.set_ylim(0, 1.15 * max(tops) or None)  # from zero, and a spike does not flatten the rest
+        axes.set_ylabel(unit)
+        if len(runs) > 1:
+            axes.legend(loc="best", fontsize=8, labelcolor=INK, ncols=1 + (len(runs) - 1) // 5)
+        axes.yaxis.set_major_formatter(_tick)
+
+    return _picture(title, SMALL, draw) if _any(runs, metric) else None
+
+
+def _picture(title: str, size: tuple[float, float], draw: Callable[[Any], None]) -> bytes:
+    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.ticker import MaxNLocator
+
+    with matplotlib.rc_context(STYLE):
+        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)  # inches
+        figure = Figure(figsize=size, dpi=DPI, layout=layout, facecolor="white")
+        axes = figure.add_subplot()
+        draw(axes)
+        axes.set_title(title)
+        axes.set_xlabel("step")
+        axes.grid(visible=False, axis="x")
+        axes.margins(x=0.01)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        axes.xaxis.set_major_formatter(_tick)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+        return buffer.getvalue()
+
+
+def _tick(value: float, position: float) -> str:
+    return "0" if value == 0 else count(value) if abs(value) >= 1 else f"{value:.3g}"
+
+
+def _styles(runs: list[Run]) -> Iterator[tuple[Run, str, Any]]:
+    for index, run in enumerate(runs):
+        yield run, COLOURS[index % len(COLOURS)], DASHES[index // len(COLOURS) % len(DASHES)]
+
+
+def _any(runs: list[Run], *metrics: str) -> bool:
+    return any(len(run.series(metric)[0]) for run in runs for metric in metrics)
+
+
+def _cut_start(axes: Any, runs: list[Run]) -> None:
+    """A spike must not flatten what comes after: the loss axis ends a little above nearly all points."""
+    every = np.concatenate([run.series(metric)[1] for run in runs for metric in ("train/loss", "eval/loss")])
+    low, high = every.min(), np.percentile(every, 99.5)
+    margin = 0.06 * (high - low) or 0.1
+    axes.set_ylim(low - margin, high + margin)
+
+
+def thin(steps: np.ndarray, values: np.ndarray, points: int = 4000) -> Series:
+    """Every n-th point: more than the picture has pixels only takes time."""
+    stride = -(-len(steps) // points)
+    return steps[:: max(1, stride)], values[:: max(1, stride)]
+
+
+# ---------------------------------------------------------------------------------------------------- page
+
+
+def _text(value: Any) -> str:
+    return "-" if value is None else str(value)
+
+
+def _number(form: str) -> Callable[[Any], str]:
+    return lambda value: form.format(value) if isinstance(value, (int, float)) else _text(value)
+
+
+def _unit(write: Callable[[float], str]) -> Callable[[Any], str]:
+    return lambda value: write(value) if isinstance(value, (int, float)) else _text(value)
+
+
+# label, key of the result, how to write it, and whether less (-1) or more (1) is better
+RESULTS: tuple[tuple[str, str, Callable[[Any], str], int], ...] = (
+    ("Held-out loss", "eval/loss", _number("{:.4f}"), -1),
+    ("Held-out bits per byte", "eval/bits_per_byte", _number("{:.4f}"), -1),
+    ("gzip -9 bits per byte", "eval/gzip_bits_per_byte", _number("{:.4f}"), 0),
+    ("Held-out perplexity", "eval/perplexity", _number("{:.2f}"), -1),
+    ("Accuracy", "eval/accuracy", _number("{:.4f}"), 1),
+    ("Most frequent label alone", "eval/majority", _number("{:.4f}"), 0),
+    ("F1", "eval/f1", _number("{:.4f}"), 1),
+    ("Macro F1", "eval/f1_macro", _number("{:.4f}"), 1),
+    ("Matthews correlation", "eval/matthews", _number("{:.4f}"), 1),
+    ("Pearson correlation", "eval/pearson", _number("{:.4f}"), 1),
+    ("Masked accuracy", "eval/masked_accuracy", _number("{:.4f}"), 1),
+    ("Sentence accuracy", "eval/sentence_accuracy", _number("{:.4f}"), 1),
+    ("Exact match", "eval/exact_match", _number("{:.4f}"), 1),
+    ("BLEU", "eval/bleu", _number("{:.2f}"), 1),
+    ("BLEU of copying", "eval/copy_bleu", _number("{:.2f}"), 0),
+    ("chrF", "eval/chrf", _number("{:.2f}"), 1),
+    ("Training loss", "train/loss", _number("{:.4f}"), -1),
+    ("Tokens per second", "perf/tokens_per_second", _unit(count), 1),
+    ("MFU", "perf/mfu", _number("{:.1%}"), 1),
+    ("Peak memory", "perf/peak_memory_gib", _number("{:.2f} GiB"), -1),
+    ("Training time", "time/train_seconds", _unit(duration), 0),
+    ("Total time", "time/total_seconds", _unit(duration), 0),
+    ("Steps", "train/steps", _number("{:,}"), 0),
+    ("Tokens", "data/tokens", _unit(count), 0),
+    ("Parameters", "model/parameters", _unit(count), 0),
+    ("Status", "status", _text, 0),
+)
+NOT_COMPARED = {"run_dir", "data.prepared_dir", "launch.master_port"}  # another in every run, and says nothing
+
+
+def render(runs: list[Run], pictures: dict[str, bytes]) -> str:
+    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    sections = [_header(runs, title)]
+    if len(runs) == 1:
+        sections.append(_cards(runs[0]))
+    if "loss" in pictures:
+        sections.append(_image("loss", pictures["loss"], runs))
+    small = [_image(name, png, runs) for name, png in pictures.items() if name != "loss"]
+    sections.append(f'<div class="grid">{"".join(small)}</div>' if small else "")
+    sections.append(f"<h2>Results</h2>{_results(runs)}")
+    if len(runs) == 1:
+        rows = [[key, _setting(value)] for key, value in runs[0].config.items()]
+        if rows:
+            sections.append(f"<details><summary>Config</summary>{_table(['key', 'value'], rows)}</details>")
+    else:
+        sections.append(f"<h2>Where the configs differ</h2>{_differences(runs)}")
+    made = f"bigtrain {__version__}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
+    sections.append(f"<footer>{escape(made)}</footer>")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)} · bigtrain</title><style>{CSS}</style></head><body><main>"
+        f"{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def _header(runs: list[Run], title: str) -> str:
+    if len(runs) > 1:
+        about = ", ".join(run.name for run in runs)
+    else:
+        config, result = runs[0].config, runs[0].result
+        size = result.get("model/parameters")
+        facts = [
+            f"{count(size)} parameters" if size else None,
+            f"{config['model.n_layers']} layers of {config['model.dim']}" if "model.dim" in config else None,
+            f"ZeRO-{config['engine.stage']}" if "engine.stage" in config else config.get("engine.kind"),
+            config.get("optimizer.kind"),
+            config.get("train.precision"),
+            f"{result['train/steps']:,} steps",
+            result.get("status"),
+        ]
+        about = " · ".join(str(fact) for fact in facts if fact)
+    return f"<header><h1>{escape(title)}</h1><p>{escape(about)}</p></header>"
+
+
+def _cards(run: Run) -> str:
+    """The few numbers that one asks for first."""
+    wanted = {"eval/loss", "perf/tokens_per_second", "time/train_seconds", *HEADLINES}
+    cards = []
+    for label, key, write, _ in RESULTS:
+        value = run.result.get(key)
+        if key not in wanted or value is None:
+            continue
+        note = ""
+        gzip = run.result.get("eval/gzip_bits_per_byte")
+        if key == "eval/bits_per_byte" and gzip:
+            note = f"<small>gzip -9: {gzip:.3f}</small>"
+        cards.append(f'<div class="card"><span>{escape(label)}</span><b>{escape(write(value))}</b>{note}</div>')
+    return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
+
+
+def _image(name: str, png: bytes, runs: list[Run]) -> str:
+    alt = f"{name.replace('_', ' ')} over steps of {', '.join(run.name for run in runs)}"
+    data = base64.b64encode(png).decode()
+    return f'<figure><img id="{name}" alt="{escape(alt)}" src="data:image/png;base64,{data}"></figure>'
+
+
+def _results(runs: list[Run]) -> str:
+    """A row for each number that any run has; the best of several is set in bold."""
+    rows = []
+    for label, key, write, better in RESULTS:
+        values = [run.result.get(key) for run in runs]
+        if all(value is None for value in values):
+            continue
+        numbers = [value for value in values if isinstance(value, (int, float))]
+        best = (min if better < 0 else max)(numbers) if better and len(runs) > 1 and len(set(numbers)) > 1 else None
+        cells = [escape(write(value)) for value in values]
+        rows.append(
+            [label, *(f"<b>{cell}</b>" if best is not None and value == best else cell
+                      for cell, value in zip(cells, values, strict=True))]
+        )  # fmt: skip
+    return _table(["", *(escape(run.name) for run in runs)] if len(runs) > 1 else [], rows, numeric=True)
+
+
+def _differences(runs: list[Run]) -> str:
+    keys = dict.fromkeys(key for run in runs for key in run.config if key not in NOT_COMPARED)
+    rows = []
+    for key in keys:
+        values = [_setting(run.config[key]) if key in run.config else "-" for run in runs]
+        if len(set(values)) > 1:
+            rows.append([escape(key), *values])
+    return _table(["", *(escape(run.name) for run in runs)], rows) if rows else "<p>They do not.</p>"
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+
+
+def _table(head: list[str], rows: list[list[str]], numeric: bool = False) -> str:
+    """Cells are HTML already."""
+    cells = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    top = f"<thead><tr>{cells}</tr></thead>" if head else ""
+    body = "".join(
+        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
+    )
+    kind = ' class="numeric"' if numeric else ""
+    return f'<div class="scroll"><table{kind}>{top}<tbody>{body}</tbody></table></div>'
+
+
+CSS = """
+:root { color-scheme: light; --ink: #1f2933; --muted: #616e7c; --line: #e4e7eb; --paper: #f5f7fa; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5;
+  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 40px clamp(12px, 3vw, 24px) 56px; }
+h1 { font-size: 28px; letter-spacing: -0.01em; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 17px; margin: 36px 0 12px; }
+header p { color: var(--muted); margin: 4px 0 24px; overflow-wrap: anywhere; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 16px; margin-bottom: 16px; }
+.card, figure, .scroll { background: #fff; border: 1px solid var(--line); border-radius: 10px; }
+.card { padding: 14px 18px; display: flex; flex-direction: column; }
+.card span, .card small { color: var(--muted); font-size: 13px; }
+.card b { font-size: 25px; font-weight: 650; letter-spacing: -0.01em; font-variant-numeric: tabular-nums; }
+figure { margin: 0 0 16px; padding: 14px 16px 10px; }
+figure img { display: block; width: 100%; height: auto; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)); gap: 16px; }
+.grid figure { margin: 0; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: 8px 14px; border-bottom: 1px solid var(--line); }
+tbody tr:last-child > * { border-bottom: 0; }
+thead th { font-size: 13px; color: var(--muted); font-weight: 600; }
+thead th:empty { padding: 0; }
+tbody th { font-weight: 400; color: var(--muted); white-space: nowrap; }
+.numeric td { white-space: nowrap; }
+.numeric td, .numeric thead th:not(:first-child) { text-align: right; }
+details { margin-top: 36px; }
+summary { font-size: 17px; font-weight: 700; cursor: pointer; margin-bottom: 12px; }
+footer { color: var(--muted); font-size: 13px; margin-top: 32px; }
+@media print { body { background: #fff; } }
+"""

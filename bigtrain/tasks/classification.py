@@ -1,0 +1,94 @@
+"""A label, or a number, for a text or a pair of texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bigtrain.batch import IGNORED, Batch, LossSums
+from bigtrain.config import ClassificationConfig, Config, ModelConfig
+from bigtrain.data.example_loader import Rows, stack
+from bigtrain.models.heads import ClassificationHead
+from bigtrain.tasks import metrics
+from bigtrain.tasks.base import Evaluated, Totals
+from bigtrain.tasks.labelled import LabelledTask, WithHead, build_encoder
+
+
+class Classification(LabelledTask):
+    """BERT's sentence-level fine-tuning (arXiv 1810.04805, section 4.1)."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        assert isinstance(config.task, ClassificationConfig)
+        self.config = config.task
+
+    def build_model(self, config: ModelConfig) -> nn.Module:
+        backbone = build_encoder(config)
+        outputs = 1 if self.config.regression else len(self.labels)
+        head = ClassificationHead(backbone.config, outputs, self.config.dropout)
+        return WithHead(backbone, head, pooled=True)
+
+    def collate(self, rows: Rows, random: np.random.Generator | None) -> Batch:
+        batch = self.inputs(rows)
+        if random is not None and self.config.token_dropout:
+            batch["tokens"] = self.drop_tokens(batch["tokens"], batch["attention_mask"], random)
+        label = stack(rows, "label")
+        if self.config.regression:
+            batch["value"] = label
+        else:
+            batch["label"] = label.long().where(batch["index"] >= 0, IGNORED)
+        return batch
+
+    def drop_tokens(self, tokens: torch.Tensor, mask: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
+        """Augmentation: a random part of the text's own tokens becomes the unknown token."""
+        special = torch.isin(tokens, torch.tensor(sorted(self.special_ids.values())))
+        dropped = torch.from_numpy(random.random(tokens.shape)) < self.config.token_dropout
+        unknown = self.special_ids.get("unk", self.special_ids["pad"])
+        return tokens.masked_fill(dropped & mask.bool() & ~special, unknown)
+
+    def count_targets(self, batch: Batch) -> int:
+        return int((batch["index"] >= 0).sum())
+
+    def loss(self, model: nn.Module, batch: Batch) -> LossSums:
+        return self._sums(self.outputs(model, batch), batch, self.config.label_smoothing)
+
+    def _sums(self, outputs: torch.Tensor, batch: Batch, smoothing: float) -> LossSums:
+        if self.config.regression:
+            error = (outputs.float().squeeze(-1) - batch["value"]).square() * (batch["index"] >= 0)
+            return LossSums(error.sum(), error.detach().sum())
+        logits, label = outputs.float(), batch["label"]
+        loss = F.cross_entropy(logits, label, reduction="sum", label_smoothing=smoothing)
+        nll = F.cross_entropy(logits.detach(), label, reduction="sum") if smoothing else loss.detach()
+        return LossSums(loss, nll)
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> Evaluated:
+        outputs = self.outputs(model, batch)
+        if self.config.regression:
+            rows: list[Any] = list(zip(outputs.float().squeeze(-1).tolist(), batch["value"].tolist(), strict=True))
+        else:
+            rows = list(zip(outputs.float().softmax(-1).tolist(), batch["label"].tolist(), strict=True))
+        return Evaluated(self._sums(outputs, batch, 0.0).nll, {}, self.numbered(batch, rows))
+
+    def metrics(self, totals: Totals) -> dict[str, float]:
+        found = list(totals.predictions.values())
+        loss = {"eval/loss": totals.nll / totals.targets}
+        if self.config.regression:
+            return loss | metrics.regression([p for p, _ in found], [t for _, t in found])
+        return loss | metrics.classification(*self.predicted_and_true(totals), len(self.labels))
+
+    def predicted_and_true(self, totals: Totals) -> tuple[list[int], list[int]]:
+        """The numbers of the labels that were given, and of those that are right."""
+        found = totals.predictions.values()
+        return [int(np.argmax(probabilities)) for probabilities, _ in found], [label for _, label in found]
+
+    def prediction(self, row: Any) -> dict[str, Any]:
+        """A row of the predictions file."""
+        output, _ = row
+        if self.config.regression:
+            return {"prediction": output}
+        best = int(np.argmax(output))
+        return {"prediction": self.labels[best], "probability": output[best]}

@@ -1,0 +1,114 @@
+"""What the tasks on labelled examples share: an encoder with a head, padded batches, numbered predictions."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bigtrain import models
+from bigtrain.batch import Batch
+from bigtrain.config import Config, EncoderConfig, ModelConfig
+from bigtrain.data.example_loader import ExampleEvalLoader, ExampleTrainLoader, Rows, Share, pad, stack
+from bigtrain.data.examples import Examples, load_examples
+from bigtrain.models import Encoder
+from bigtrain.models.network import Network
+from bigtrain.tasks.base import Totals
+
+
+class WithHead(Network):
+    """`backbone.*` and `head.*`: an encoder, and what a task puts on it."""
+
+    def __init__(self, backbone: Encoder, head: nn.Module, pooled: bool) -> None:
+        super().__init__()
+        self.backbone, self.head, self.pooled = backbone, head, pooled
+
+    def tie_weights(self) -> None:
+        self.backbone.tie_weights()
+
+    def set_activation_checkpointing(self, enabled: bool) -> None:
+        self.backbone.set_activation_checkpointing(enabled)
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None, token_types: Tensor | None = None) -> Any:
+        """tokens (B, T) -> what the head makes of the pooled text (B, D) or of every hidden state (B, T, D)."""
+        hidden = self.backbone(tokens, attention_mask=attention_mask, token_types=token_types)
+        return self.head(self.backbone.pool(hidden) if self.pooled else hidden)
+
+
+def build_encoder(config: ModelConfig) -> Encoder:
+    assert isinstance(config, EncoderConfig)
+    encoder = models.build(config)
+    assert isinstance(encoder, Encoder)
+    return encoder
+
+
+class LabelledTask(ABC):
+    """A task on prepared examples. What is left to a task: its head, its targets, its loss, its metrics."""
+
+    def __init__(self, config: Config) -> None:
+        self.data = load_examples(Path(config.data.prepared_dir or ""))
+        self.labels = self.data.labels
+        self.tokenizer_file = self.data.tokenizer_file
+        self.special_ids = self.data.special_ids
+        self.max_length = config.model.max_seq_len
+
+    @abstractmethod
+    def collate(self, rows: Rows, random: np.random.Generator | None) -> Batch:
+        """Rows -> (B, T) tensors; the generator is there while training, for augmentation."""
+
+    def joined(self, predictions: dict[int, Any]) -> dict[int, Any]:
+        """What was found of the examples of one record, in their order, becomes one (`join`)."""
+        record_of = Examples(self.data, "held_out").records()
+        parts: dict[int, list[tuple[int, Any]]] = {}
+        for index in sorted(predictions):
+            parts.setdefault(int(record_of[index]), []).append((index, predictions[index]))
+        return {record: self.join(record, found) for record, found in parts.items()}
+
+    def join(self, record: int, parts: list[tuple[int, Any]]) -> Any:
+        """(example number, what `evaluate` gave for it) of all examples of a record -> what `metrics` is given for it.
+
+        Here of a record that is one example always.
+        """
+        return parts[0][1]
+
+    @abstractmethod
+    def metrics(self, totals: Totals) -> dict[str, float]: ...
+
+    @abstractmethod
+    def prediction(self, row: Any) -> dict[str, Any]:
+        """A row of the predictions file, of what `join` gave for a record."""
+
+    def train_loader(self, share: Share) -> ExampleTrainLoader:
+        return ExampleTrainLoader(Examples(self.data, "train"), self.collate, share)
+
+    def held_out(self, share: Share, max_batches: int | None = None) -> Iterable[Batch]:
+        return ExampleEvalLoader(Examples(self.data, "held_out"), self.collate, share, max_batches)
+
+    def inputs(self, rows: Rows) -> Batch:
+        """tokens, attention_mask (1 at a token, 0 at padding) and token_types (B, T); index (B,), -1 at filler rows."""
+        tokens = pad(rows, "tokens", self.special_ids["pad"], self.max_length)
+        lengths = torch.tensor([len(row["tokens"]) for row in rows])
+        batch = {
+            "tokens": tokens,
+            "attention_mask": (torch.arange(tokens.size(1)) < lengths.unsqueeze(-1)).long(),
+            "index": stack(rows, "index"),
+        }
+        if "token_types" in rows[0]:
+            batch["token_types"] = pad(rows, "token_types", 0, self.max_length)
+        return batch
+
+    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
+        result: Tensor = model(batch["tokens"], batch["attention_mask"], batch.get("token_types"))
+        return result
+
+    def numbered(self, batch: Batch, rows: list[Any]) -> list[tuple[int, Any]]:
+        """Rows with their examples' numbers, without filler."""
+        return [(index, row) for index, row in zip(batch["index"].tolist(), rows, strict=True) if index >= 0]
+
+    def facts(self) -> dict[str, Any]:
+        return {"data/examples": self.data.examples, "data/examples_cut": self.data.cut, "data/labels": self.labels}

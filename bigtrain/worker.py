@@ -1,0 +1,223 @@
+"""One rank of a run, started by the launcher: `python -m bigtrain.worker RUN_DIR/config.yaml --sha256 HEX`.
+
+Reads the resolved config (no Hydra here), builds the parts, trains. What goes wrong is left in
+RUN_DIR/failures/rank-N.json for the command that started the run, which prints it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import json
+import logging
+import os
+import platform
+import select
+import shutil
+import signal
+import sys
+import threading
+import time
+import traceback
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TextIO
+
+from bigtrain import config as configuration
+from bigtrain.config import LABELLED_TASKS, Config
+from bigtrain.errors import BigtrainError
+from bigtrain.files import write_atomic
+
+LABELS = "labels.json"  # in the run directory: the names of the numbers that a classifier gives
+
+
+def main() -> None:
+    started = time.time()
+    parser = argparse.ArgumentParser(prog="bigtrain.worker")
+    parser.add_argument("config", type=Path)
+    parser.add_argument("--sha256", required=True, help="of the config file: every rank must read the same")
+    arguments = parser.parse_args()
+    run_dir, rank = arguments.config.resolve().parent, int(os.environ["RANK"])
+    end_with_parent()
+    terminal = redirect_output(run_dir, rank)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    try:
+        config = read_config(arguments.config, arguments.sha256)
+        run(config, run_dir, terminal, stop, started)
+    except BaseException as error:
+        record_failure(run_dir, rank, error)
+        sys.stderr.flush()
+        terminal.flush()
+        os._exit(1)  # a plain exit would wait for collectives that never come
+    sys.stderr.flush()
+    terminal.flush()
+    os._exit(0)  # all is written; a library that trips over its own threads on the way out must not fail the run
+
+
+def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, started: float) -> None:
+    """Build this rank's parts from the config and train."""
+    import torch
+
+    from bigtrain import checkpoint, models, tasks
+    from bigtrain.checkpoint import transfer
+    from bigtrain.data.example_loader import Share
+    from bigtrain.engine import optimizers, start
+    from bigtrain.engine.host import HostGroup
+    from bigtrain.engine.peak import peak_flops
+    from bigtrain.hooks import RunInfo, build_hooks
+    from bigtrain.trainer import Trainer
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    train = config.train
+    device = start.init_distributed("cuda" if config.launch.device == "cuda" else "cpu", config.launch.timeout_seconds)
+    host = HostGroup(config.launch.timeout_seconds)
+    torch.use_deterministic_algorithms(train.deterministic)
+    task = tasks.build(config)
+    parameters = 0
+
+    def build_model() -> torch.nn.Module:
+        nonlocal parameters
+        torch.manual_seed(train.seed)  # the same weights on every rank and at every world size
+        model: Any = task.build_model(config.model)
+        parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
+        model.set_activation_checkpointing(train.activation_checkpointing)
+        if config.init_from is not None:
+            report = transfer.load_initial(model, config.init_from)
+            if int(os.environ["RANK"]) == 0:
+                print(transfer.described(report, config.init_from), file=terminal)
+        optimizers.freeze(model, train.freeze)
+        if train.compile:
+            model.compile()
+        return model
+
+    built = start.build(config, build_model, device)
+    torch.manual_seed(train.seed * 100_003 + host.rank)  # dropout differs from rank to rank
+    resumed = checkpoint.resolve_resume(run_dir, config.resume) if host.rank == 0 else None
+    resumed = host.broadcast(resumed)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[train.precision]
+    info = RunInfo(
+        run_dir=run_dir,
+        config=config,
+        rank=host.rank,
+        world_size=host.world_size,
+        device_name=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        parameters=parameters,
+        flops_per_token=models.flops_per_token(config.model),
+        peak_flops=sum(host.gather(peak_flops(device, dtype))),
+        tokens_per_step=None
+        if isinstance(config.task, LABELLED_TASKS)
+        else train.global_batch * config.model.max_seq_len,
+        start_step=resumed.step if resumed else 0,
+        resumed=resumed is not None,
+    )
+    per_forward = configuration.micro_batch(config, host.world_size)
+    share = Share(host.rank, host.world_size, train.global_batch, per_forward, train.seed)
+    hooks = build_hooks(config, host.rank, terminal)
+    trainer = Trainer(
+        config=config,
+        run_dir=run_dir,
+        engine=built,
+        host=host,
+        task=task,
+        share=share,
+        hooks=hooks,
+        info=info,
+        stop=stop,
+    )
+    if host.rank == 0:
+        (run_dir / "tokenizer").mkdir(exist_ok=True)  # so that the run stands on its own
+        shutil.copyfile(task.tokenizer_file, run_dir / "tokenizer" / "tokenizer.json")
+        if task.labels:
+            write_atomic(run_dir / LABELS, json.dumps(task.labels, ensure_ascii=False, indent=1))
+        name = "ds_config.json" if config.engine.kind == "deepspeed" else "engine_config.json"
+        write_atomic(run_dir / name, json.dumps(built.effective_config(), indent=1, default=str))
+    try:
+        if resumed:
+            trainer.restore(resumed)
+        result = trainer.fit()
+        result |= task.facts() | {
+            "model/parameters": info.parameters,
+            "time/total_seconds": time.time() - started,
+            "run": str(run_dir),
+            "config_sha256": configuration.fingerprint(config),
+            "world_size": host.world_size,
+            "versions": versions(),
+        }
+        if host.rank == 0:
+            write_atomic(run_dir / "result.json", json.dumps(result, indent=1))
+            hooks.on_end(result)
+    except BaseException as error:
+        hooks.on_failure(error)
+        raise
+    finally:
+        hooks.close()
+    host.gather(None)  # nobody leaves before the result is written
+    torch.distributed.destroy_process_group()
+
+
+def read_config(path: Path, sha256: str) -> Config:
+    """Raises BigtrainError if the file is not the one that the command wrote."""
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != sha256:
+        raise BigtrainError(f"{path}: SHA-256 is {found[:12]}..., the run was started with {sha256[:12]}...")
+    return configuration.load(path)
+
+
+def redirect_output(run_dir: Path, rank: int) -> TextIO:
+    """Send what libraries print to logs/rank-N.log. Returns the terminal, for our own words on rank 0."""
+    terminal = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    (run_dir / "logs").mkdir(exist_ok=True)
+    log = os.open(run_dir / "logs" / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    return terminal
+
+
+def end_with_parent() -> None:
+    """No orphans: end when the launcher's process dies, and when the command that started it all does."""
+    if sys.platform != "linux":
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    parent = os.environ.get("BIGTRAIN_PARENT_PID")
+    if parent is None:
+        return
+    try:
+        handle = os.pidfd_open(int(parent))  # readable once it has ended, a zombie included
+    except OSError:
+        os._exit(1)
+
+    def watch() -> None:
+        select.select([handle], [], [])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def record_failure(run_dir: Path, rank: int, error: BaseException) -> None:
+    text = str(error) if isinstance(error, BigtrainError) else f"{type(error).__name__}: {error}"
+    failure = {"rank": rank, "time": time.time(), "error": " ".join(text.split()), "traceback": traceback.format_exc()}
+    failure["expected"] = isinstance(error, BigtrainError)
+    traceback.print_exc()
+    try:
+        (run_dir / "failures").mkdir(exist_ok=True)
+        write_atomic(run_dir / "failures" / f"rank-{rank}.json", json.dumps(failure, indent=1))
+    except OSError:
+        pass  # the disk may be why we are here; the log has the traceback
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("bigtrain", "torch", "deepspeed", "accelerate", "transformers", "tokenizers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+if __name__ == "__main__":
+    main()

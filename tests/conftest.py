@@ -1,0 +1,45 @@
+"""Settings that every test shares."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+FORBID_SKIPS = os.environ.get("BIGTRAIN_FORBID_SKIPS") == "1"  # set by .ci/run
+HAS_GPU = shutil.which("nvidia-smi") is not None
+
+os.environ.setdefault("WANDB_MODE", "offline")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts background jobs: children would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without a GPU its tests are left out, not skipped: no package can bring one."""
+    if HAS_GPU:
+        return
+    left_out = [item for item in items if item.get_closest_marker("gpu")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if FORBID_SKIPS and report.skipped and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped where skips are forbidden: {report.longrepr}"
+    return report
+
+
+@pytest.fixture(scope="session")
+def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One cache of prepared data for the whole session: the same corpus is tokenized once."""
+    return tmp_path_factory.mktemp("data_cache")

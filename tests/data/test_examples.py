@@ -1,0 +1,207 @@
+"""Labelled records become examples on disk, and examples batches, the same for any number of ranks."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from bigtrain.config import Config, from_dict
+from bigtrain.data.example_loader import GROUPED, ExampleEvalLoader, ExampleTrainLoader, Rows, Share, pad, stack
+from bigtrain.data.examples import Examples, ExampleWriter, PreparedExamples, load_examples
+from bigtrain.data.prepare_examples import prepare_examples
+from bigtrain.errors import ConfigError
+
+WORDS = ["red", "green", "blue", "cold", "warm", "dark", "bright", "loud", "quiet"]
+
+
+def config(folder: Path, task: dict[str, Any], **data: Any) -> Config:
+    return from_dict(
+        {
+            "model": {"kind": "encoder", "dim": 32, "n_heads": 2, "max_seq_len": 24},
+            "task": task,
+            "data": {"kind": "labelled", "cache_dir": str(folder / "cache"), "tokenizer": {"vocab_size": 300}} | data,
+            "logger": {"progress": False},
+        }
+    )
+
+
+def tsv(folder: Path, name: str, rows: list[tuple[str, str]]) -> str:
+    path = folder / name
+    path.write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows))
+    return str(path)
+
+
+def sentences(count: int, seed: int = 0) -> list[tuple[str, str]]:
+    draw = np.random.default_rng(seed)
+    made = []
+    for number in range(count):
+        label = str(draw.choice(["good", "bad"]))
+        made.append((f"{number} " + " ".join(draw.choice(WORDS, size=int(draw.integers(1, 12)))), label))
+    return made
+
+
+def test_texts_become_tokens_with_labels_by_the_alphabet(tmp_path: Path) -> None:
+    rows = sentences(60)
+    prepared = prepare_examples(config(tmp_path, {"kind": "classification"}, path=tsv(tmp_path, "a.tsv", rows)))
+    assert prepared.labels == ["bad", "good"]
+    assert sum(prepared.examples.values()) == 60
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(prepared.tokenizer_file))
+    known = dict(rows)
+    examples = Examples(prepared, "held_out")
+    for index, record in enumerate(prepared.held_out_records()):
+        example = examples[index]
+        assert prepared.labels[int(example["label"])] == record["label"] == known[record["text"]]
+        tokens = example["tokens"].tolist()
+        assert tokens[0] == prepared.special_ids["cls"]
+        if len(tokens) < 24:
+            assert tokens[-1] == prepared.special_ids["sep"]
+            assert tokenizer.decode(tokens) == record["text"]
+
+
+def test_the_same_records_are_encoded_once(tmp_path: Path) -> None:
+    path = tsv(tmp_path, "a.tsv", sentences(40))
+    first = prepare_examples(config(tmp_path, {"kind": "classification"}, path=path))
+    before = (first.directory / "meta.json").stat().st_mtime_ns
+    again = prepare_examples(config(tmp_path, {"kind": "classification"}, path=path))
+    assert again == first
+    assert (first.directory / "meta.json").stat().st_mtime_ns == before
+    shorter = prepare_examples(config(tmp_path, {"kind": "classification", "max_length": 8}, path=path))
+    assert shorter.directory != first.directory
+    assert shorter.cut > 0
+    assert Examples(shorter, "train").lengths().max() == 8
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = tsv(tmp_path, "a.tsv", sentences(40))
+    prepared = prepare_examples(config(tmp_path, {"kind": "classification"}, path=path))
+    with open(prepared.directory / "train.tokens.bin", "ab") as file:
+        file.write(b"1")
+    with pytest.raises(ConfigError, match=r"train\.tokens\.bin"):
+        load_examples(prepared.directory)
+
+
+def test_a_label_that_only_the_held_out_file_has(tmp_path: Path) -> None:
+    held_out = tsv(tmp_path, "b.tsv", [("red", "good"), ("blue", "ugly")])
+    with pytest.raises(ConfigError, match=r"'ugly': a label that no training example has; known are bad, good"):
+        prepare_examples(
+            config(
+                tmp_path, {"kind": "classification"}, path=tsv(tmp_path, "a.tsv", sentences(9)), held_out_path=held_out
+            )
+        )
+
+
+def test_a_tag_sits_on_the_first_token_of_its_word_and_long_sentences_are_parted(tmp_path: Path) -> None:
+    path = tmp_path / "a.conll"
+    lines = []
+    for number in range(30):
+        length = 3 if number % 3 else 40
+        lines.append("\n".join(f"{WORDS[i % 9]}{number} {'B-X' if i % 2 else 'O'}" for i in range(length)) + "\n")
+    path.write_text("\n".join(lines))
+    prepared = prepare_examples(config(tmp_path, {"kind": "tagging"}, path=str(path), held_out=0.4))
+    assert prepared.labels == ["B-X", "O"]
+    assert prepared.cut > 0
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(prepared.tokenizer_file))
+    found: dict[str, list[str]] = {}
+    wanted: dict[str, list[str]] = {}
+    examples = Examples(prepared, "held_out")
+    records = list(prepared.held_out_records())
+    assert len(examples) > len(records)
+    for index, number in enumerate(examples.records()):
+        record, example = records[number], examples[index]
+        key = " ".join(record["words"])
+        wanted[key] = record["tags"]
+        assert len(example["tokens"]) == len(example["targets"]) <= 24
+        starts = np.flatnonzero(example["targets"] != -100)
+        first = [tokenizer.decode([token]).strip() for token in example["tokens"][starts]]
+        done = len(found.setdefault(key, []))
+        for word, piece in zip(record["words"][done:], first, strict=False):
+            assert word.startswith(piece)
+        found[key] += [prepared.labels[tag] for tag in example["targets"][starts]]
+    assert found == wanted
+
+
+# ------------------------------------------------------------------------------------------------- loading
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory: pytest.TempPathFactory) -> Examples:
+    folder = tmp_path_factory.mktemp("examples")
+    draw = np.random.default_rng(1)
+    with ExampleWriter(folder, "train") as writer:
+        for number in range(1200):
+            writer.add({"tokens": [number + 1] * int(draw.integers(1, 100)), "label": number % 3})
+    prepared = PreparedExamples(
+        folder, "", "classification", 2000, {"pad": 0}, [], {"train": 1200}, writer.ragged, writer.single, 0
+    )
+    return Examples(prepared, "train")
+
+
+def collate(rows: Rows, random: np.random.Generator | None) -> dict[str, torch.Tensor]:
+    return {"tokens": pad(rows, "tokens", 0, 100), "index": stack(rows, "index")}
+
+
+SHARE = Share(rank=0, world_size=1, global_batch=24, micro_batch=6, seed=3)
+
+
+def drawn(examples: Examples, world_size: int, step: int) -> list[int]:
+    found = []
+    for rank in range(world_size):
+        share = replace(SHARE, rank=rank, world_size=world_size)
+        for batch in ExampleTrainLoader(examples, collate, share).batches(step):
+            assert len(batch["index"]) == 6
+            assert (batch["tokens"].max(dim=1).values == batch["index"] + 1).all()
+            found += batch["index"].tolist()
+    return sorted(found)
+
+
+@pytest.mark.parametrize("step", [0, 7, GROUPED, 3 * GROUPED + 1])
+def test_a_steps_examples_do_not_depend_on_the_number_of_ranks(examples: Examples, step: int) -> None:
+    assert drawn(examples, 1, step) == drawn(examples, 2, step) == drawn(examples, 4, step)
+    assert drawn(examples, 1, step) != drawn(examples, 1, step + 1)
+
+
+def test_an_epoch_has_each_example_once(examples: Examples) -> None:
+    loader = ExampleTrainLoader(examples, collate, SHARE)
+    assert 1200 % 24 == 0
+    assert GROUPED == 1200 // 24
+    epoch = [i for step in range(GROUPED) for batch in loader.batches(step) for i in batch["index"].tolist()]
+    assert sorted(epoch) == list(range(1200))
+
+
+def test_batches_hold_little_padding_and_come_in_no_order_of_length(examples: Examples) -> None:
+    loader = ExampleTrainLoader(examples, collate, SHARE)
+    batches = [batch["tokens"] for step in range(GROUPED) for batch in loader.batches(step)]
+    padding = sum(int((tokens == 0).sum()) for tokens in batches) / sum(tokens.numel() for tokens in batches)
+    assert padding < 0.10  # in batches drawn at random 43%
+    lengths = [tokens.size(1) for tokens in batches[::4]]
+    assert abs(np.corrcoef(lengths, range(len(lengths)))[0, 1]) < 0.4
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_evaluation_takes_each_example_once(examples: Examples, world_size: int) -> None:
+    found, counts = [], set()
+    for rank in range(world_size):
+        loader = ExampleEvalLoader(
+            examples, collate, Share(rank, world_size, 14 * world_size, 14, 0)
+        )  # 1200 is no multiple
+        batches = list(loader)
+        counts.add(len(batches))
+        found += [i for batch in batches for i in batch["index"].tolist()]
+    assert len(counts) == 1
+    assert sorted(i for i in found if i >= 0) == list(range(1200))
+    assert len(found) > 1200
+
+
+def test_padding_never_outgrows_the_model() -> None:
+    rows = [{"tokens": np.arange(n)} for n in (3, 10)]
+    assert pad(rows, "tokens", 0, 100).shape == (2, 16)
+    assert pad(rows, "tokens", 0, 12).shape == (2, 12)

