@@ -27,7 +27,7 @@ class Classification(LabelledTask):
         self.config = config.task
 
     def build_model(self, config: ModelConfig) -> nn.Module:
-        backbone = build_encoder(config)
+        backbone = build_encoder(config, pooled=True)
         outputs = 1 if self.config.regression else len(self.labels)
         head = ClassificationHead(backbone.config, outputs, self.config.dropout)
         return WithHead(backbone, head, pooled=True)

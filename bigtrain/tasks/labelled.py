@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,9 +41,10 @@ class WithHead(Network):
         return self.head(self.backbone.pool(hidden) if self.pooled else hidden)
 
 
-def build_encoder(config: ModelConfig) -> Encoder:
+def build_encoder(config: ModelConfig, pooled: bool) -> Encoder:
+    """pooled: whether the pooled text is used. A pooler that is not would have no gradient, which DDP refuses."""
     assert isinstance(config, EncoderConfig)
-    encoder = models.build(config)
+    encoder = models.build(dataclasses.replace(config, pooler=config.pooler and pooled))
     assert isinstance(encoder, Encoder)
     return encoder
 

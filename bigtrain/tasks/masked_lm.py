@@ -78,9 +78,10 @@ class MaskedLM:
         self.pair_weight = self.config.mask_fraction * self.length
 
     def build_model(self, config: ModelConfig) -> nn.Module:
-        backbone = build_encoder(config)
+        pairs = self.config.sentence != "none"
+        backbone = build_encoder(config, pooled=pairs)
         head = MaskedLMHead(backbone.config, backbone.embedding)
-        return MaskedLMModel(backbone, head, PairHead(backbone.config) if self.config.sentence != "none" else None)
+        return MaskedLMModel(backbone, head, PairHead(backbone.config) if pairs else None)
 
     def _rows(self, split: str) -> MaskedRows:
         return MaskedRows(self.data, split, self.length, self.config, self.vocabulary)

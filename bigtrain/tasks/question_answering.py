@@ -32,7 +32,7 @@ class QuestionAnswering(LabelledTask):
         self.config = config.task
 
     def build_model(self, config: ModelConfig) -> nn.Module:
-        backbone = build_encoder(config)
+        backbone = build_encoder(config, pooled=False)
         return WithHead(backbone, QuestionAnsweringHead(backbone.config, self.config.dropout), pooled=False)
 
     def collate(self, rows: Rows, random: np.random.Generator | None) -> Batch:

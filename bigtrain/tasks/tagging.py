@@ -26,7 +26,7 @@ class Tagging(LabelledTask):
         self.config = config.task
 
     def build_model(self, config: ModelConfig) -> nn.Module:
-        backbone = build_encoder(config)
+        backbone = build_encoder(config, pooled=False)
         head = TaggingHead(backbone.config, len(self.labels), self.config.dropout)
         return WithHead(backbone, head, pooled=False)
 
