@@ -82,8 +82,11 @@ def _check_task(config: Config) -> None:
         _fraction(f"task.{name}", getattr(task, name, 0.0))
     _positive("task.z_loss", getattr(task, "z_loss", None), 0)
     _positive("task.max_length", getattr(task, "max_length", None), 8)
-    for name in ("max_new_tokens", "num_beams"):
+    for name in ("max_new_tokens", "num_beams", "adversarial_steps"):
         _positive(f"task.{name}", getattr(task, name, None))
+    epsilon = getattr(task, "adversarial_epsilon", 1.0)
+    if not 0 < epsilon < float("inf"):
+        raise ConfigError("task.adversarial_epsilon", epsilon, "must be above 0")
     if isinstance(task, QuestionAnsweringConfig):
         _check_windows(task, model)
     if isinstance(task, MaskedLMConfig):
@@ -212,6 +215,15 @@ def _check_train(config: Config) -> None:
     _positive("logger.log_every", config.logger.log_every)
     if not 0 < train.layer_lr_decay <= 1:
         raise ConfigError("train.layer_lr_decay", train.layer_lr_decay, "must be above 0 and at most 1")
+    _positive("train.lora.rank", train.lora.rank, 0)
+    _fraction("train.lora.dropout", train.lora.dropout)
+    if train.lora.rank and config.init_from is None:
+        raise ConfigError(
+            "train.lora.rank",
+            train.lora.rank,
+            "LoRA adapts a trained model",
+            "name one: model=pretrained model.path=DIR",
+        )
     if config.resume == "":
         raise ConfigError("resume", config.resume, "empty", "auto, required, never, or a directory")
 

@@ -143,6 +143,11 @@ class ClassificationConfig:
     dropout: float = 0.1  # before the classifier
     max_length: int | None = None  # tokens of an example, longer ones are cut; None: model.max_seq_len
     token_dropout: float = 0.0  # augmentation: this fraction of a training text's tokens becomes the unknown token
+    # Half of the loss is that of embeddings changed for the worse, in one step (fgm) or several (pgd): robuster, and
+    # two to three times the work of a step (more with pgd).
+    adversarial: Literal["none", "fgm", "pgd"] = "none"
+    adversarial_epsilon: float = 1.0  # how far (L2) a text's embeddings together may move
+    adversarial_steps: int = 3  # of pgd
 
 
 @dataclass
@@ -372,6 +377,19 @@ class ScheduleConfig:
 
 
 @dataclass
+class LoRAConfig:
+    """LoRA (arXiv 2106.09685): the linear layers learn changes of low rank, and nothing else is trained."""
+
+    rank: int = 0  # of the changes; 0: no LoRA
+    alpha: float = 16.0  # a change counts alpha / rank times
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=lambda: ["*blocks.*"])  # patterns of layers, by default all in blocks
+    train: list[str] = field(
+        default_factory=lambda: ["head.*", "pair_head.*"]
+    )  # of parameters trained in full all the same
+
+
+@dataclass
 class TrainConfig:
     steps: int = 1000
     seed: int = 0
@@ -383,6 +401,7 @@ class TrainConfig:
     compile: bool = False  # torch.compile; for GPUs: on a CPU our own kernels (models/cpu_kernels.py) are faster
     deterministic: bool = False
     freeze: list[str] = field(default_factory=list)  # patterns of parameters that keep their weights: ["backbone.*"]
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
     layer_lr_decay: float = 1.0  # each layer's lr by this factor smaller than that of the layer above
     eval_every: int = 0  # steps; 0: only at the end
     eval_batches: int | None = None  # micro-batches per rank in an evaluation during the run; None: all

@@ -68,6 +68,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
     from bigtrain.engine.host import HostGroup
     from bigtrain.engine.peak import peak_flops
     from bigtrain.hooks import RunInfo, build_hooks
+    from bigtrain.models.lora import add_lora
     from bigtrain.trainer import Trainer
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -76,10 +77,10 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
     host = HostGroup(config.launch.timeout_seconds)
     torch.use_deterministic_algorithms(train.deterministic)
     task = tasks.build(config)
-    parameters = 0
+    parameters = trained = 0
 
     def build_model() -> torch.nn.Module:
-        nonlocal parameters
+        nonlocal parameters, trained
         torch.manual_seed(train.seed)  # the same weights on every rank and at every world size
         model: Any = task.build_model(config.model)
         parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
@@ -88,7 +89,14 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
             report = transfer.load_initial(model, config.init_from)
             if int(os.environ["RANK"]) == 0:
                 print(transfer.described(report, config.init_from), file=terminal)
+        if train.lora.rank:
+            add_lora(model, train.lora)
         optimizers.freeze(model, train.freeze)
+        trained = sum(
+            getattr(parameter, "ds_numel", parameter.numel())
+            for parameter in model.parameters()
+            if parameter.requires_grad
+        )
         if train.compile:
             model.compile()
         return model
@@ -140,6 +148,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
         result = trainer.fit()
         result |= task.facts() | {
             "model/parameters": info.parameters,
+            "model/trained_parameters": trained,
             "time/total_seconds": time.time() - started,
             "run": str(run_dir),
             "config_sha256": configuration.fingerprint(config),

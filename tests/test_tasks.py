@@ -6,7 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from bigtrain.checkpoint.weights import read_weights
 from tests.runs import bigtrain, result
 
 RANKS = ["launch.ranks=2", "launch.device=cpu", "logger.progress=false"]
@@ -125,12 +127,33 @@ def test_masked_words_are_restored_and_the_encoder_passed_on(tmp_path: Path, dat
     assert result(tmp_path / "tuned")["data/examples"]["train"] > 1000
 
 
+@pytest.mark.parametrize("task", ["tagging", "classification task.adversarial=fgm"])
 @pytest.mark.parametrize("engine", ["zero3", "accelerate"])
-def test_other_engines_train_the_same_tasks(engine: str, tmp_path: Path, data_cache: Path) -> None:
+def test_other_engines_train_the_same_tasks(engine: str, task: str, tmp_path: Path, data_cache: Path) -> None:
     run = tmp_path / engine
     settings = [f"engine={engine}", "train.steps=3", "train.eval_every=0", "train.precision=fp32"]
-    bigtrain("train", "experiment=tagging", *settings, *RANKS, f"run_dir={run}", f"data.cache_dir={data_cache}")
+    settings += [f"run_dir={run}", f"data.cache_dir={data_cache}"]
+    bigtrain("train", *f"experiment={task}".split(), *settings, *RANKS)
     assert result(run)["eval/loss"] < 3
+
+
+@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+def test_a_model_is_adapted_by_changes_of_low_rank(
+    engine: str, classifier: Path, tmp_path: Path, data_cache: Path
+) -> None:
+    settings = ["model=pretrained", f"model.path={classifier}", "train.lora.rank=4", f"engine={engine}"]
+    settings += ["schedule=constant", "schedule.warmup_steps=0", f"run_dir={tmp_path}", f"data.cache_dir={data_cache}"]
+    bigtrain("train", "experiment=classification", *settings, "train.steps=1", *RANKS)
+    bigtrain("train", "experiment=classification", *settings, "train.steps=3", *RANKS)
+    done = result(tmp_path)
+    assert done["model/trained_parameters"] < 0.05 * done["model/parameters"]
+    assert done["eval/accuracy"] > result(classifier)["eval/accuracy"] - 0.05  # begins where the other ended
+    before, after = (read_weights(max((run / "checkpoints").iterdir())) for run in (classifier, tmp_path))
+    assert before.keys() == after.keys()
+    assert torch.equal(before["backbone.embedding.weight"], after["backbone.embedding.weight"])
+    assert not torch.equal(
+        before["backbone.blocks.0.attention.qkv.weight"], after["backbone.blocks.0.attention.qkv.weight"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -144,6 +167,8 @@ def test_other_engines_train_the_same_tasks(engine: str, tmp_path: Path, data_ca
         (["model=pretrained", "model.path=nowhere"], ["nowhere"]),
         (["task=masked_lm", "model=bert_tiny", "model.token_types=0"], ["model.token_types=0", "two segments"]),
         (["task=masked_lm", "model=bert_tiny", "task.mask_fraction=2"], ["task.mask_fraction"]),
+        (["train.lora.rank=4"], ["train.lora.rank=4", "model=pretrained"]),
+        (["task=classification", "model=bert_tiny", "task.adversarial_epsilon=0"], ["task.adversarial_epsilon=0"]),
     ],
 )
 def test_what_does_not_go_together_is_one_line(arguments: list[str], said: list[str], tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from bigtrain.engine.base import Engine
 from bigtrain.engine.host import HostGroup
 from bigtrain.errors import BigtrainError
 from bigtrain.files import fsync
+from bigtrain.models.lora import merged
 
 
 def save(run_dir: Path, step: int, engine: Engine, host: HostGroup, state: dict[str, Any], keep: int) -> Path:
@@ -94,7 +95,7 @@ def _save_rng(staging: Path, rank: int) -> None:
 
 def _write_weights(staging: Path, engine: Engine, rank: int) -> str | None:
     """Every rank must run through `engine.weights()` to its end, even if rank 0 can no longer write."""
-    stream: Iterator[tuple[str, Tensor]] = engine.weights()
+    stream: Iterator[tuple[str, Tensor]] = merged(engine.weights(), engine.model)
     problem = _attempt(lambda: write_weights(staging, stream)) if rank == 0 else None
     for _ in stream:
         pass

@@ -39,6 +39,7 @@ class Encoder(Network):
         token_types: Tensor | None = None,
         positions: Tensor | None = None,
         document_ids: Tensor | None = None,
+        change: Tensor | None = None,
     ) -> Tensor:
         """tokens (B, T) int64 -> hidden states (B, T, D).
 
@@ -46,10 +47,13 @@ class Encoder(Network):
         token_types (B, T): which segment a token is of, by default 0; not looked at with config.token_types = 0.
         positions (B, T): of each token in its text, by default 0, 1, ...
         document_ids (B, T): of packed rows; attention stays among tokens of equal id. Give `positions` with them.
+        change (B, T, D): is added to the tokens' embeddings.
         """
         if positions is None:
             positions = torch.arange(tokens.size(1), device=tokens.device)
         x = self.embedding(tokens)
+        if change is not None:
+            x = x + change
         if self.config.token_types:
             x = x + self.token_types(tokens.new_zeros(1) if token_types is None else token_types)
         rotary = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch.distributed as dist
@@ -11,6 +12,10 @@ from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPas
 
 from bigtrain.config import Seq2SeqConfig
 from bigtrain.models.decoder import Decoder
+
+# transformers 5.24 renamed the cache, as `generate` passes it to a model and looks for it in what the model returns.
+_CACHE = ("cache", "past_key_values")
+_CACHE_OF_OUTPUT = next(field.name for field in dataclasses.fields(CausalLMOutputWithPast) if field.name in _CACHE)
 
 
 class DecoderForGeneration(PreTrainedModel, GenerationMixin):
@@ -41,6 +46,7 @@ class DecoderForGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        cache: Any = None,
         past_key_values: Any = None,
         logits_to_keep: int = 0,
         **unused: Any,
@@ -49,11 +55,12 @@ class DecoderForGeneration(PreTrainedModel, GenerationMixin):
 
         logits are (B, logits_to_keep, V), or (B, T, V) if that is 0.
         """
+        cache = past_key_values if cache is None else cache
         hidden = self.decoder.forward_hidden(
-            input_ids, cache=past_key_values, positions=position_ids, attention_mask=attention_mask
+            input_ids, cache=cache, positions=position_ids, attention_mask=attention_mask
         )
         logits = self.decoder.head(hidden[:, -logits_to_keep:])[..., : self.vocab_size]
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(logits=logits, **{_CACHE_OF_OUTPUT: cache})
 
 
 class Seq2SeqForGeneration(PreTrainedModel, GenerationMixin):
@@ -75,14 +82,14 @@ class Seq2SeqForGeneration(PreTrainedModel, GenerationMixin):
         encoder_outputs: Any,
         attention_mask: Tensor,
         decoder_input_ids: Tensor,
+        cache: Any = None,
         past_key_values: Any = None,
         **unused: Any,
     ) -> Seq2SeqLMOutput:
         """encoder_outputs[0] (B, S, D), attention_mask (B, S), decoder_input_ids (B, T) -> logits (B, T, V)."""
-        logits = self.model(
-            None, attention_mask, decoder_input_ids, memory=encoder_outputs[0], cache=past_key_values
-        )  # fmt: skip
-        return Seq2SeqLMOutput(logits=logits[..., : self.vocab_size], past_key_values=past_key_values)
+        cache = past_key_values if cache is None else cache
+        logits = self.model(None, attention_mask, decoder_input_ids, memory=encoder_outputs[0], cache=cache)
+        return Seq2SeqLMOutput(logits=logits[..., : self.vocab_size], **{_CACHE_OF_OUTPUT: cache})
 
 
 def translate(

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from bigtrain.batch import IGNORED, Batch, LossSums
 from bigtrain.config import ClassificationConfig, Config, ModelConfig
 from bigtrain.data.example_loader import Rows, stack
 from bigtrain.models.heads import ClassificationHead
 from bigtrain.tasks import metrics
+from bigtrain.tasks.adversarial import worst_change
 from bigtrain.tasks.base import Evaluated, Totals
 from bigtrain.tasks.labelled import LabelledTask, WithHead, build_encoder
 
@@ -24,7 +25,7 @@ class Classification(LabelledTask):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         assert isinstance(config.task, ClassificationConfig)
-        self.config = config.task
+        self.config, self.dim = config.task, config.model.dim
 
     def build_model(self, config: ModelConfig) -> nn.Module:
         backbone = build_encoder(config, pooled=True)
@@ -54,7 +55,16 @@ class Classification(LabelledTask):
         return int((batch["index"] >= 0).sum())
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSums:
-        return self._sums(self.outputs(model, batch), batch, self.config.label_smoothing)
+        def sums(change: Tensor | None = None) -> LossSums:
+            return self._sums(self.outputs(model, batch, change), batch, self.config.label_smoothing)
+
+        if self.config.adversarial == "none":
+            return sums()
+        steps = 1 if self.config.adversarial == "fgm" else self.config.adversarial_steps
+        zeros = batch["tokens"].new_zeros(*batch["tokens"].shape, self.dim, dtype=next(model.parameters()).dtype)
+        change = worst_change(model, lambda change: sums(change).loss, zeros, self.config.adversarial_epsilon, steps)
+        clean = sums()
+        return LossSums((clean.loss + sums(change).loss) / 2, clean.nll)
 
     def _sums(self, outputs: torch.Tensor, batch: Batch, smoothing: float) -> LossSums:
         if self.config.regression:

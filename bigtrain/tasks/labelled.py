@@ -35,9 +35,18 @@ class WithHead(Network):
     def set_activation_checkpointing(self, enabled: bool) -> None:
         self.backbone.set_activation_checkpointing(enabled)
 
-    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None, token_types: Tensor | None = None) -> Any:
-        """tokens (B, T) -> what the head makes of the pooled text (B, D) or of every hidden state (B, T, D)."""
-        hidden = self.backbone(tokens, attention_mask=attention_mask, token_types=token_types)
+    def forward(
+        self,
+        tokens: Tensor,
+        attention_mask: Tensor | None = None,
+        token_types: Tensor | None = None,
+        change: Tensor | None = None,
+    ) -> Any:
+        """tokens (B, T) -> what the head makes of the pooled text (B, D) or of every hidden state (B, T, D).
+
+        change (B, T, D): of the tokens' embeddings.
+        """
+        hidden = self.backbone(tokens, attention_mask=attention_mask, token_types=token_types, change=change)
         return self.head(self.backbone.pool(hidden) if self.pooled else hidden)
 
 
@@ -104,8 +113,9 @@ class LabelledTask(ABC):
             batch["token_types"] = pad(rows, "token_types", 0, self.max_length)
         return batch
 
-    def outputs(self, model: nn.Module, batch: Batch) -> Tensor:
-        result: Tensor = model(batch["tokens"], batch["attention_mask"], batch.get("token_types"))
+    def outputs(self, model: nn.Module, batch: Batch, change: Tensor | None = None) -> Tensor:
+        adversary = {} if change is None else {"change": change}
+        result: Tensor = model(batch["tokens"], batch["attention_mask"], batch.get("token_types"), **adversary)
         return result
 
     def numbered(self, batch: Batch, rows: list[Any]) -> list[tuple[int, Any]]:
