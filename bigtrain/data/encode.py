@@ -6,21 +6,26 @@ its threads contend for one word cache. A worker ends when its parent does, howe
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import multiprocessing
 import os
 import signal
-import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 
 from bigtrain.data.corpus import Piece
 from bigtrain.data.shards import token_dtype
+
+_Pipe: TypeAlias = "Connection[Any, Any]"
 
 
 @dataclass(frozen=True)
@@ -54,49 +59,76 @@ class Encoder:
         return Encoded(np.concatenate(parts).tobytes(), gzip_bytes)
 
 
+class WorkerDied(Exception):
+    """A worker process ended while it had work."""
+
+
 class EncoderPool:
-    """`workers` processes with an Encoder each; none for 0, where the work is done at once by the caller."""
+    """`workers` processes with an Encoder each; none for 0, where the work is done at once by the caller.
+
+    Each worker has a pipe of its own and a thread here that feeds it. ProcessPoolExecutor shares one result pipe: a
+    worker that is killed inside a write leaves half a message there, for which its reader then waits for ever. Here
+    the pipe of a dead worker just ends.
+    """
 
     def __init__(self, workers: int, tokenizer_file: Path, eos_id: int, vocab_size: int) -> None:
         arguments = (tokenizer_file, eos_id, vocab_size)
         self._encoder = None if workers else Encoder(*arguments)
-        self._pool = None
-        if workers:
-            # spawn: the library's threads and the progress bar's do not survive a fork
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(workers, context, _start_worker, arguments)
+        self._threads = ThreadPoolExecutor(workers) if workers else None
+        self._workers: list[tuple[SpawnProcess, _Pipe]] = []
+        self._idle: SimpleQueue[_Pipe] = SimpleQueue()
+        # spawn: the library's threads and the progress bar's do not survive a fork
+        context = multiprocessing.get_context("spawn")
+        for _ in range(workers):
+            pipe, far_end = context.Pipe()
+            process = context.Process(target=_work, args=(far_end, *arguments), daemon=True)
+            process.start()
+            far_end.close()  # so that the worker's end is the only one, and its death the end of the pipe
+            self._workers.append((process, pipe))
+            self._idle.put(pipe)
 
     def submit(self, pieces: Sequence[Piece]) -> Future[Encoded]:
-        if self._pool is not None:
-            return self._pool.submit(_encode, pieces)
+        if self._threads is not None:
+            return self._threads.submit(self._encode, pieces)
         assert self._encoder is not None
         done: Future[Encoded] = Future()
         done.set_result(self._encoder.encode(pieces))
         return done
 
     def close(self) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        """End the workers; what they have under way is lost."""
+        for process, _ in self._workers:
+            process.terminate()
+        if self._threads is not None:
+            self._threads.shutdown(wait=True, cancel_futures=True)
+        for process, pipe in self._workers:
+            process.join()
+            pipe.close()
+
+    def _encode(self, pieces: Sequence[Piece]) -> Encoded:
+        pipe = self._idle.get()
+        try:
+            pipe.send(pieces)
+            answer = pipe.recv()
+        except (EOFError, OSError):
+            raise WorkerDied from None
+        finally:
+            self._idle.put(pipe)  # of a dead worker too: it fails the next batch at once
+        if isinstance(answer, Exception):
+            raise answer
+        return cast(Encoded, answer)
 
 
-_encoder: Encoder | None = None  # of a worker process
-
-
-def _start_worker(tokenizer_file: Path, eos_id: int, vocab_size: int) -> None:
-    global _encoder
+def _work(pipe: _Pipe, tokenizer_file: Path, eos_id: int, vocab_size: int) -> None:
+    """A worker's life: it ends when the parent closes the pipe, or ends itself, however that happens."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent alone decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = Encoder(tokenizer_file, eos_id, vocab_size)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
-
-
-def _encode(pieces: Sequence[Piece]) -> Encoded:
-    assert _encoder is not None
-    return _encoder.encode(pieces)
+    encoder = Encoder(tokenizer_file, eos_id, vocab_size)
+    with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        while True:
+            pieces = pipe.recv()
+            try:
+                answer: Encoded | Exception = encoder.encode(pieces)
+            except Exception as error:  # the parent raises it
+                answer = error
+            pipe.send(answer)

@@ -18,7 +18,6 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from typing import IO, Any
 
 from bigtrain.config import Config, DataConfig, EncoderConfig
 from bigtrain.data.corpus import Corpus, Piece, open_corpus
-from bigtrain.data.encode import Encoded, EncoderPool
+from bigtrain.data.encode import Encoded, EncoderPool, WorkerDied
 from bigtrain.data.locks import locked, writing
 from bigtrain.data.shards import FORMAT, META, SPLITS, Prepared, load_prepared, shard_path, token_dtype
 from bigtrain.data.tokenizer import (
@@ -284,7 +283,7 @@ class _ShardWriter:
 def _result(future: Future[Encoded]) -> Encoded:
     try:
         return future.result()
-    except BrokenProcessPool:
+    except WorkerDied:
         raise BigtrainError(
             "data: a tokenizing process was killed, perhaps for want of memory; run the same command again to go on "
             "from the shards that are finished, with a smaller data.workers"
