@@ -69,6 +69,7 @@ class EncoderConfig:
     activation: Literal["gelu", "gelu_tanh", "geglu", "swiglu"] = "gelu"
     bias: bool = True
     pooler: bool = True  # tanh(linear(first token)), which sentence-level heads read
+    unpadded: bool = False  # take a batch's padding out before the blocks: they compute real tokens only
     dropout: float = 0.1
     init_std: float = 0.02
 
@@ -108,6 +109,7 @@ class PretrainedConfig:
     path: str | None = None
     max_seq_len: int | None = None  # shorter sequences than the model could take
     dropout: float | None = None
+    unpadded: bool | None = None  # of an encoder
 
 
 # ----------------------------------------------------------------------------------------------------- task

@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain import config as schema
-from bigtrain.config import PretrainedConfig, Seq2SeqConfig
+from bigtrain.config import EncoderConfig, PretrainedConfig, Seq2SeqConfig
 from bigtrain.errors import ConfigError
 
 
 def resolved(data: dict[str, Any]) -> dict[str, Any]:
     """A composed config with `model=pretrained` replaced by the model that is there; any other as it is.
 
-    Raises ConfigError if there is none, or longer sequences are asked for than its positions allow.
+    Raises ConfigError if there is none, or longer sequences are asked for than its positions allow, or what only an
+    encoder can do.
     """
     model = data.get("model")
     if not isinstance(model, dict) or model.get("kind") != "pretrained":
@@ -32,6 +33,10 @@ def resolved(data: dict[str, Any]) -> dict[str, Any]:
             found.max_seq_len = asked.max_seq_len
     if asked.dropout is not None:
         found.dropout = asked.dropout
+    if asked.unpadded is not None:
+        if not isinstance(found, EncoderConfig):
+            raise ConfigError("model.unpadded", asked.unpadded, f"is for encoders; {path} has a {found.kind}")
+        found.unpadded = asked.unpadded
     changed: dict[str, Any] = {"model": schema.to_dict(found)}
     if data.get("init_from") is None:
         changed["init_from"] = str(path)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from bigtrain.config import EncoderConfig
 from bigtrain.models.layers import Block, Embedding, Linear, make_norm, rotary_table
 from bigtrain.models.network import Network
+from bigtrain.models.unpadded import Unpadded
 
 
 class Encoder(Network):
@@ -48,9 +49,20 @@ class Encoder(Network):
         positions (B, T): of each token in its text, by default 0, 1, ...
         document_ids (B, T): of packed rows; attention stays among tokens of equal id. Give `positions` with them.
         change (B, T, D): is added to the tokens' embeddings.
+
+        With config.unpadded the hidden states of padding are 0, and on a GPU the host waits to learn how much of it
+        there is. Rows with document_ids are packed already: they go through as they are.
         """
         if positions is None:
             positions = torch.arange(tokens.size(1), device=tokens.device)
+        unpadded = None
+        if self.config.unpadded and attention_mask is not None and document_ids is None:
+            unpadded = Unpadded.of(attention_mask)
+        if unpadded is not None:  # from here on T is the number of real tokens, and B is 1
+            positions = unpadded.take(positions.expand_as(tokens))
+            token_types = None if token_types is None else unpadded.take(token_types)
+            change = None if change is None else unpadded.take(change)
+            tokens = unpadded.take(tokens)
         x = self.embedding(tokens)
         if change is not None:
             x = x + change
@@ -64,10 +76,11 @@ class Encoder(Network):
             cos, sin = rotary_table(positions, head_dim, self.config.rope_theta, x.dtype)
             rotary = (cos.unsqueeze(-2), sin.unsqueeze(-2))  # the same for every head
         x = self.dropout(self.embedding_norm(x))
-        mask = attention_pattern(attention_mask, document_ids)
+        mask = attention_pattern(attention_mask, document_ids) if unpadded is None else unpadded
         for block in self.blocks:
             x = self.run_block(block, x, mask, rotary)
-        return self.norm(x)
+        x = self.norm(x)
+        return x if unpadded is None else unpadded.put_back(x)
 
     def pool(self, hidden: Tensor) -> Tensor:
         """hidden (B, T, D) -> (B, D): the first token's, through the pooler if the config has one."""

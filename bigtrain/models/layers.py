@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bigtrain.config import DecoderConfig, EncoderConfig, ModelConfig
 from bigtrain.models import cpu_kernels
+from bigtrain.models.unpadded import Unpadded
 
 
 class Cache(Protocol):
@@ -103,24 +104,27 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        mask: Tensor | None = None,
+        mask: Tensor | Unpadded | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
         """x (B, T, D) -> (B, T, D).
 
         mask: boolean (B or 1, 1, T or 1, S), True where a query may look; None: at all tokens,
-        or where the attention is causal, at all earlier ones and itself.
+        or where the attention is causal, at all earlier ones and itself. Unpadded: x (1, N, D) holds the tokens of
+        several texts one after another, and each is to see its own text.
         """
         batch, length, _ = x.shape
         qkv = self.qkv(x).view(batch, length, -1, self.head_dim)  # (B, T, H + 2 KV, head_dim)
         q, k, v = qkv.split((self.n_heads, self.n_kv_heads, self.n_kv_heads), dim=2)
         if rotary is not None:
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
+        dropout = self.dropout if self.training else 0.0
+        if isinstance(mask, Unpadded):
+            return self.out(mask.attention(q, k, v, dropout))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, H, T, head_dim)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_index)
-        dropout = self.dropout if self.training else 0.0
         grouped = self.n_kv_heads != self.n_heads
         if self.causal and mask is None and cache is None and not dropout and cpu_kernels.attention_usable(q):
             if grouped:

@@ -101,6 +101,74 @@ def test_packed_documents_do_not_see_each_other(config: EncoderConfig) -> None:
     assert packed.isfinite().all()
 
 
+UNPADDED = {
+    "bert": BERT,
+    "modern": MODERN,
+    "bert-rotary": dataclasses.replace(BERT, positions="rotary"),
+    "modern-learned": dataclasses.replace(MODERN, positions="learned", token_types=2),
+}
+
+
+@pytest.mark.parametrize("config", UNPADDED.values(), ids=UNPADDED)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_without_padding_hidden_states_and_gradients_are_the_same(config: EncoderConfig, checkpointing: bool) -> None:
+    config = dataclasses.replace(config, dropout=0.0)
+    tokens, mask = some_tokens(4), torch.ones(4, 16, dtype=torch.long)
+    mask[0, 10:] = mask[1, 3:] = mask[2, 1:] = 0
+    types = (torch.arange(16) > 5).long().expand(4, 16)
+    change = torch.randn(4, 16, 64, generator=torch.Generator().manual_seed(2))
+    weight = torch.randn(4, 16, 64, generator=torch.Generator().manual_seed(3)) * mask.unsqueeze(-1)
+    seen: list[int] = []
+
+    def run(unpadded: bool) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        model = make(dataclasses.replace(config, unpadded=unpadded)).train()
+        model.set_activation_checkpointing(checkpointing)
+        model.blocks[1].feed_forward.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].numel() // 64))
+        moved = change.clone().requires_grad_()
+        hidden = model(tokens, mask, types, change=moved)
+        (hidden * weight).sum().backward()
+        assert moved.grad is not None
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return hidden.detach(), gradients, moved.grad
+
+    (padded, wanted, wanted_change), (found, gradients, found_change) = run(False), run(True)
+    assert set(seen) == {64, int(mask.sum())}, "the blocks have computed padding"
+    real = mask.bool()
+    torch.testing.assert_close(found[real], padded[real], rtol=1e-5, atol=1e-5)
+    assert not found[~real].any()
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+    torch.testing.assert_close(found_change, wanted_change, rtol=1e-4, atol=1e-5)
+
+
+@BOTH
+def test_without_padding_nothing_to_take_out_and_nothing_left(config: EncoderConfig) -> None:
+    plain, unpadded = (make(dataclasses.replace(config, unpadded=u)).eval() for u in (False, True))
+    tokens, mask = some_tokens(3), torch.ones(3, 16, dtype=torch.long)
+    with torch.no_grad():
+        assert torch.equal(unpadded(tokens, mask), plain(tokens))
+        mask[1, 5:] = mask[2] = 0  # a filler row without any token
+        found = unpadded(tokens, mask)
+        torch.testing.assert_close(found[:1], plain(tokens[:1]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[1:2, :5], plain(tokens[1:2, :5]), rtol=1e-5, atol=1e-5)
+    assert found.isfinite().all()
+
+
+@pytest.mark.gpu
+def test_without_padding_on_a_gpu() -> None:
+    """In 16 bits flash attention takes texts of different lengths; in float32 they are padded within attention."""
+    config = dataclasses.replace(MODERN, dim=128)
+    tokens, mask = some_tokens(4).cuda(), torch.ones(4, 16, dtype=torch.long, device="cuda")
+    mask[0, 10:] = mask[1, 3:] = 0
+    for dtype, close in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
+        plain, unpadded = (
+            make(dataclasses.replace(config, unpadded=u)).eval().to("cuda", dtype) for u in (False, True)
+        )
+        found, wanted = unpadded(tokens, mask), plain(tokens, mask)
+        torch.testing.assert_close(found[mask.bool()], wanted[mask.bool()], rtol=close, atol=close)
+
+
 def test_every_token_sees_later_ones_and_its_segment() -> None:
     model = make(BERT).eval()
     tokens = some_tokens(1)
