@@ -123,3 +123,22 @@ void attention_probabilities(bf16 *p, bf16 *ds, int64_t batch, int64_t keys, int
     }
   }
 }
+
+/* y = x / (1 - p) with probability 1 - p, else 0; y may be x. What is dropped is a hash of seed and place, so that the
+   backward pass needs no mask, only the seed: two rounds of Wellons' lowbias32, each with half of the seed. */
+static inline uint32_t lowbias32(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x7feb352dU;
+  x = (x ^ (x >> 15)) * 0x846ca68bU;
+  return x ^ (x >> 16);
+}
+
+void dropout(const bf16 *x, bf16 *y, int64_t n, int64_t seed, float p, int threads) {
+  const uint32_t low = (uint32_t)seed, high = (uint32_t)((uint64_t)seed >> 32);
+  const uint32_t threshold = (uint32_t)((double)p * 4294967296.0);
+  const float scale = 1.0f / (1.0f - p);
+#pragma omp parallel for simd num_threads(threads) schedule(static)
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t drawn = lowbias32(lowbias32((uint32_t)i ^ low) + high);
+    y[i] = to_bf16(to_float(x[i]) * (drawn < threshold ? 0.0f : scale)); /* NaN and infinity stay seen */
+  }
+}

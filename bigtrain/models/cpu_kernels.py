@@ -1,8 +1,9 @@
-"""Faster bfloat16 training on CPUs: GELU, cross-entropy and the backward pass of attention.
+"""Faster bfloat16 training on CPUs: GELU, cross-entropy, dropout and attention.
 
-PyTorch's CPU matmuls are good and these three are not: its tanh-GELU takes 5 times as long as memory needs, its
-flash attention's backward pass does 0.25 TFLOP/s where matmuls do 2, and cross-entropy goes over the logits three
-times. cpu_kernels.c does the loops; it is compiled at first use (half a second) into the user's cache.
+PyTorch's CPU matmuls are good and these are not: its tanh-GELU takes 5 times as long as memory needs, its
+flash attention's backward pass does 0.25 TFLOP/s where matmuls do 2, cross-entropy goes over the logits three
+times, and dropout draws its random numbers one by one, 6 ns each. cpu_kernels.c does the loops; it is compiled at first
+use (half a second) into the user's cache.
 
 They are used for plain bfloat16 tensors on a CPU, and nowhere else: not on GPUs, in float32, inside torch.compile or
 under FakeTensorMode. Set BIGTRAIN_CPU_KERNELS=0 to go without; without a C compiler PyTorch's own kernels run.
@@ -186,3 +187,77 @@ def _two_parts(x: Tensor) -> tuple[Tensor, Tensor]:
     """float32 (...,) as two bfloat16 columns (..., 1) whose sum has 16 bits of it."""
     leading = x.bfloat16()
     return leading.unsqueeze(-1), (x - leading).bfloat16().unsqueeze(-1)
+
+
+def dropout(x: Tensor, p: float) -> Tensor:
+    """F.dropout(x, p): as random, from one number of PyTorch's generator."""
+    result: Tensor = _Dropout.apply(x.contiguous(), p, _new_seed())
+    return result
+
+
+class _Dropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, p: float, seed: int) -> Tensor:
+        ctx.p, ctx.seed = p, seed
+        return _dropped(x, p, seed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        return _dropped(dy.contiguous(), ctx.p, ctx.seed), None, None
+
+
+def _new_seed() -> int:
+    return int(torch.randint(2**62, ()))
+
+
+def _dropped(x: Tensor, p: float, seed: int) -> Tensor:
+    if not p:
+        return x
+    y = torch.empty_like(x)
+    _call("dropout", x, y, x.numel(), seed, float(p))
+    return y
+
+
+SHORT = 256  # keys: beyond it, attention that keeps no scores is worth its slow backward pass
+
+
+def short_attention_usable(q: Tensor, k: Tensor, dropout: float) -> bool:
+    """With dropout PyTorch has no attention that does without the scores either, at any length."""
+    return usable(q) and torch.is_grad_enabled() and (dropout > 0 or k.size(-2) <= SHORT)
+
+
+def short_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """F.scaled_dot_product_attention(q, k, v, mask, dropout), not causal, for tensors (B, H, T, head_dim); `mask` is
+    boolean, (B or 1, 1, T or 1, S)."""
+    result: Tensor = _ShortAttention.apply(q, k, v, mask, dropout, _new_seed() if dropout else 0)
+    return result
+
+
+class _ShortAttention(torch.autograd.Function):
+    """The scores as one batch of small matrices; kept are the probabilities before dropout, and its seed."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float, seed: int) -> Tensor:
+        queries = (q * q.size(-1) ** -0.5).flatten(0, 1)
+        k_, v_ = k.flatten(0, 1), v.flatten(0, 1)
+        scores = torch.bmm(queries, k_.transpose(1, 2))
+        if mask is not None:
+            shaped = scores.view(*q.shape[:-1], -1)
+            shaped += torch.zeros(mask.shape, dtype=q.dtype).masked_fill_(~mask, float("-inf"))
+        p = torch.softmax(scores, -1)
+        ctx.save_for_backward(queries, k_, v_, p)
+        ctx.dropout, ctx.seed, ctx.heads = dropout, seed, q.shape[:2]
+        return torch.bmm(_dropped(p, dropout, seed), v_).unflatten(0, ctx.heads)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_out: Tensor) -> Any:
+        queries, k, v, p = ctx.saved_tensors
+        d_out = d_out.flatten(0, 1)
+        dv = torch.bmm(_dropped(p, ctx.dropout, ctx.seed).transpose(1, 2), d_out)
+        dp = _dropped(torch.bmm(d_out, v.transpose(1, 2)), ctx.dropout, ctx.seed)
+        ds = torch._softmax_backward_data(dp, p, -1, p.dtype)
+        dq = torch.bmm(ds, k).mul_(k.size(-1) ** -0.5)
+        dk = torch.bmm(ds.transpose(1, 2), queries)
+        return *(x.unflatten(0, ctx.heads) for x in (dq, dk, dv)), None, None, None

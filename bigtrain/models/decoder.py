@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bigtrain.config import DecoderConfig
 from bigtrain.models.cross_entropy import Head
-from bigtrain.models.layers import Block, Cache, Embedding, make_norm, rotary_table
+from bigtrain.models.layers import Block, Cache, Dropout, Embedding, make_norm, rotary_table
 from bigtrain.models.network import Network
 
 
@@ -27,7 +27,7 @@ class Decoder(Network):
         self.embedding = Embedding(config.vocab_size, config.dim, config.init_std)
         if config.positions == "learned":
             self.positions = Embedding(config.max_seq_len, config.dim, config.init_std)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
         self.norm = make_norm(config)
         self.head = Head(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bigtrain.config import EncoderConfig
-from bigtrain.models.layers import Block, Embedding, Linear, make_norm, rotary_table
+from bigtrain.models.layers import Block, Dropout, Embedding, Linear, make_norm, rotary_table
 from bigtrain.models.network import Network
 from bigtrain.models.unpadded import Unpadded
 
@@ -28,7 +28,7 @@ class Encoder(Network):
         if config.positions == "learned":
             self.positions = Embedding(config.max_seq_len, config.dim, config.init_std)
         self.embedding_norm = make_norm(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
         self.norm = make_norm(config) if config.norm_first else nn.Identity()  # post-norm blocks end in one
         self.pooler = Pooler(config) if config.pooler else None

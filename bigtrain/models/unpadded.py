@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bigtrain.models import cpu_kernels
+
 
 @dataclass(frozen=True)
 class Unpadded:
@@ -55,7 +57,11 @@ class Unpadded:
             return packed.flatten(1).unsqueeze(0)
         # No kernel for it: texts side by side again, in here only. One copy for all three.
         q, k, v = (x.transpose(1, 2) for x in self.put_back(torch.stack((q, k, v), dim=2)).unbind(2))
-        y = F.scaled_dot_product_attention(q, k, v, self.mask[:, None, None, :], dropout)
+        mask = self.mask[:, None, None, :]
+        if cpu_kernels.short_attention_usable(q, k, dropout):
+            y = cpu_kernels.short_attention(q, k, v, mask, dropout)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         return self.take(y.transpose(1, 2).flatten(2))
 
 

@@ -170,3 +170,49 @@ def test_a_model_trains_alike_with_and_without(style: str, monkeypatch: pytest.M
     assert not torch.equal(used, unused)  # and the kernels were in it
     # with the kernels the curve is as near to float32's as bfloat16 gets without them
     assert (used - exact).abs().max() < max(2 * (unused - exact).abs().max(), torch.tensor(0.02))
+
+
+def test_dropout() -> None:
+    x = torch.ones(200_000).bfloat16()
+    torch.manual_seed(0)
+    y, (dx,) = gradients(lambda x: cpu_kernels.dropout(x, 0.1), x)
+    kept = y != 0
+    assert kept.float().mean().item() == pytest.approx(0.9, abs=0.003)
+    assert torch.equal(y[kept], (x / 0.9)[kept])
+    assert torch.equal(dx != 0, kept), "the backward pass has dropped others"
+    pairs = kept[:-1] & kept[1:], kept[:-64] & kept[64:]  # neighbours are independent
+    assert [pair.float().mean().item() for pair in pairs] == pytest.approx([0.81, 0.81], abs=0.005)
+    again = cpu_kernels.dropout(x, 0.1) != 0
+    assert (again & kept).float().mean().item() == pytest.approx(0.81, abs=0.005), "two draws are alike"
+    torch.manual_seed(0)
+    assert torch.equal(cpu_kernels.dropout(x, 0.1), y)
+    assert cpu_kernels.dropout(torch.full((100,), float("nan")).bfloat16(), 0.5).isnan().all()
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_short_attention(masked: bool) -> None:
+    q, k, v = (torch.randn(2, 3, 19, 32, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(3))
+    mask = torch.ones(2, 1, 1, 19, dtype=torch.bool)
+    mask[1, ..., 7:] = False
+    given = mask if masked else None
+    y, found = gradients(lambda q, k, v: cpu_kernels.short_attention(q, k, v, given, 0.0), q, k, v)
+    wanted_y, wanted = gradients(
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, given), q.float(), k.float(), v.float()
+    )
+    for ours, exact in zip((y, *found), (wanted_y, *wanted), strict=True):
+        assert (ours.float() - exact).norm() < 0.02 * exact.norm()
+
+
+def test_short_attention_drops_probabilities() -> None:
+    """Where the values are the identity, the output is the dropped probabilities, and the gradient knows which."""
+    q, k = (torch.randn(64, 4, 32, 32, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(2))
+    v = torch.eye(32).bfloat16().expand(64, 4, 32, 32).contiguous()
+    torch.manual_seed(0)
+    y, (_, _, dv) = gradients(lambda q, k, v: cpu_kernels.short_attention(q, k, v, None, 0.25), q, k, v)
+    p = (q.float() @ k.float().transpose(-1, -2) / 32**0.5).softmax(-1)
+    kept = y != 0
+    assert kept.float().mean().item() == pytest.approx(0.75, abs=0.01)
+    torch.testing.assert_close(y.float()[kept], (p / 0.75)[kept], rtol=0.05, atol=1e-3)
+    dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5))
+    expected = y.float().transpose(-1, -2) @ dy.bfloat16().float()
+    assert (dv.float() - expected).norm() < 0.02 * expected.norm()
