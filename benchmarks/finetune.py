@@ -118,9 +118,8 @@ def line(task: str, found: dict[str, Any]) -> str:
 def print_table(arguments: argparse.Namespace, results: list[dict[str, Any]]) -> None:
     """Each side at its best learning rate; ratios of runs that stood side by side, their median."""
     metric = METRIC[arguments.task]
-    print(
-        f"\n{'variant':10s}{'lr':>8s}{metric:>10s}{'seeds':>26s}{'train s':>9s}{'cpu':>7s}{'GiB/rank':>10s}{'total s':>9s}"
-    )
+    print(f"\n{'variant':10s}{'lr':>8s}{metric:>10s}{'seeds':>26s}", end="")
+    print(f"{'train s':>9s}{'cpu':>7s}{'GiB/rank':>10s}{'total s':>9s}")
     for variant in arguments.variants:
         by_lr = {lr: [r for r in results if (r["variant"], r["lr"]) == (variant, lr)] for lr in arguments.lr}
         lr, best = max(by_lr.items(), key=lambda item: statistics.mean(r["metric"] for r in item[1]))

@@ -30,6 +30,7 @@ NEEDED = {
     ("model", "modern_bert_base"): ["task.sentence=none"],  # it has no segments
     ("model", "pretrained"): [f"model.path={MINILM}", "task=masked_lm"],
     ("experiment", "finetune"): [f"model.path={MINILM}", "data.path=texts.tsv"],
+    ("experiment", "finetune_tagging"): [f"model.path={MINILM}", "data.path=tagged.conll"],
 }
 TASK_OF = {"_encoder": "task=masked_lm", "_seq2seq": "task=translation"}  # by the kind of model
 MODEL_OF = {

@@ -127,7 +127,7 @@ def test_masked_words_are_restored_and_the_encoder_passed_on(tmp_path: Path, dat
     assert result(tmp_path / "tuned")["data/examples"]["train"] > 1000
 
 
-@pytest.mark.parametrize("task", ["tagging", "classification task.adversarial=fgm"])
+@pytest.mark.parametrize("task", ["tagging model.unpadded=true", "classification task.adversarial=fgm"])
 @pytest.mark.parametrize("engine", ["zero3", "accelerate"])
 def test_other_engines_train_the_same_tasks(engine: str, task: str, tmp_path: Path, data_cache: Path) -> None:
     run = tmp_path / engine

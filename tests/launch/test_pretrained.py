@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from bigtrain.config import Config, DecoderConfig, dump, from_dict, to_dict
+from bigtrain.config import Config, DecoderConfig, EncoderConfig, dump, from_dict, to_dict
 from bigtrain.errors import ConfigError
 from bigtrain.launch.pretrained import resolved
 
@@ -26,11 +26,13 @@ def composed(**model: Any) -> dict[str, Any]:
 
 
 def test_a_hugging_face_directory() -> None:
-    config = from_dict(resolved(composed(path=str(MINILM), max_seq_len=64, dropout=0.3)))
+    config = from_dict(resolved(composed(path=str(MINILM), max_seq_len=64, dropout=0.3, unpadded=True)))
     assert (config.model.dim, config.model.n_layers, config.model.vocab_size) == (384, 6, 30522)
     assert config.model.max_seq_len == 512  # so many positions were learned
     assert getattr(config.task, "max_length", None) == 64
     assert config.model.dropout == 0.3
+    assert isinstance(config.model, EncoderConfig)
+    assert config.model.unpadded
     assert config.init_from == config.data.tokenizer.path == str(MINILM)
 
 
@@ -43,6 +45,9 @@ def test_a_run(tmp_path: Path) -> None:
     assert config.model == replace(model, max_seq_len=128)
     assert config.init_from == "elsewhere"
     assert config.data.tokenizer.path == "mine"
+    data["model"]["unpadded"] = True
+    with pytest.raises(ConfigError, match=r"model\.unpadded=True: is for encoders; .* has a decoder"):
+        resolved(data)
 
 
 def test_other_models_are_left_alone() -> None:
