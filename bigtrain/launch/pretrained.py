@@ -35,9 +35,7 @@ def resolved(data: dict[str, Any]) -> dict[str, Any]:
         found.dropout = asked.dropout
     if asked.unpadded is not None:
         if not isinstance(found, EncoderConfig):
-            raise ConfigError(
-                "model.unpadded", asked.unpadded, f"is for encoders; {path} has a {found.kind}", "leave it out"
-            )
+            raise ConfigError("model.unpadded", asked.unpadded, f"for encoders only; {path} has a {found.kind}")
         found.unpadded = asked.unpadded
     changed: dict[str, Any] = {"model": schema.to_dict(found)}
     if data.get("init_from") is None:

@@ -46,7 +46,7 @@ def test_a_run(tmp_path: Path) -> None:
     assert config.init_from == "elsewhere"
     assert config.data.tokenizer.path == "mine"
     data["model"]["unpadded"] = True
-    with pytest.raises(ConfigError, match=r"model\.unpadded=True: is for encoders; .* has a decoder"):
+    with pytest.raises(ConfigError, match=r"model\.unpadded=True: for encoders only; .* has a decoder"):
         resolved(data)
 
 
