@@ -50,8 +50,8 @@ class Encoder(Network):
         document_ids (B, T): of packed rows; attention stays among tokens of equal id. Give `positions` with them.
         change (B, T, D): is added to the tokens' embeddings.
 
-        With config.unpadded the hidden states of padding are 0, and on a GPU the host waits to learn how much of it
-        there is. Rows with document_ids are packed already: they go through as they are.
+        With config.unpadded the hidden states of padding mean nothing, and on a GPU the host waits to learn how much
+        of it there is. Rows with document_ids are packed already: they go through as they are.
         """
         if positions is None:
             positions = torch.arange(tokens.size(1), device=tokens.device)

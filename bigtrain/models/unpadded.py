@@ -15,23 +15,32 @@ from torch import Tensor
 
 from bigtrain.models import cpu_kernels
 
+# On a CPU as much padding stays as makes the number of tokens a multiple of this: oneDNN compiles and keeps a kernel
+# of megabytes for each new size of matrix, gigabytes in an epoch.
+CPU_MULTIPLE = 64
+
 
 @dataclass(frozen=True)
 class Unpadded:
-    """Where the N real tokens of B padded texts of T tokens are."""
+    """Where the N tokens that are computed, of B padded texts of T tokens, are: on a GPU all are real ones."""
 
-    index: Tensor  # (N,) int64: of each real token in the batch's B * T
+    index: Tensor  # (N,) int64: of each in the batch's B * T
     mask: Tensor  # (B, T) bool
     starts: Tensor  # (B + 1,) int32: where each text begins among the N, and N
     longest: int  # tokens of the longest text
 
     @classmethod
     def of(cls, attention_mask: Tensor) -> Unpadded | None:
-        """attention_mask (B, T): 1 at real tokens. None if every token is one. A text without any keeps its first."""
+        """attention_mask (B, T): 1 at real tokens. None if there is nothing to take out. A text
+        without any real token keeps its first."""
         mask = attention_mask.bool()
         first = torch.arange(mask.size(1), device=mask.device) == 0
         mask = mask | (first & ~mask.any(-1, keepdim=True))
-        index = mask.flatten().nonzero().squeeze(-1)
+        kept = mask.flatten()
+        if mask.device.type == "cpu":
+            surplus = -int(kept.sum()) % CPU_MULTIPLE
+            kept = kept.index_fill(0, (~kept).nonzero().squeeze(-1)[:surplus], True)
+        index = kept.nonzero().squeeze(-1)
         if len(index) == mask.numel():
             return None
         lengths = mask.sum(-1, dtype=torch.int32)
@@ -43,7 +52,7 @@ class Unpadded:
         return taken.unsqueeze(0)
 
     def put_back(self, x: Tensor) -> Tensor:
-        """(1, N, ...) -> (B, T, ...), 0 at padding."""
+        """(1, N, ...) -> (B, T, ...), 0 where nothing was taken."""
         padded: Tensor = _Put.apply(x.squeeze(0), self.index, self.mask.numel())
         return padded.view(*self.mask.shape, *x.shape[2:])
 
