@@ -7,6 +7,7 @@ stale. What is found here has a sound manifest and files of the right size; hash
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from bigtrain.errors import BigtrainError, ConfigError
 __all__ = ["FOLDER", "MANIFEST", "Checkpoint", "Keep", "checkpoints", "newest", "resolve_resume"]
 
 FOLDER = "checkpoints"
+HIDDEN = ".staging-"  # what begins so is no checkpoint, and goes when the next save begins
 _NAME = re.compile(r"step-\d+")
 
 
@@ -69,6 +71,14 @@ def directories(run_dir: Path) -> list[Path]:
     """Every step-N of the run, oldest first, whole or damaged; not what was set aside."""
     found = [path for path in (run_dir / FOLDER).glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def hide_and_remove(path: Path) -> None:
+    """Remove a checkpoint so that a crash half-way leaves no step-N with files missing. Raises OSError."""
+    hidden = path.with_name(f"{HIDDEN}removed-{path.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden)
 
 
 def set_aside(path: Path) -> Path:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bigtrain import __version__
 from bigtrain.checkpoint import find, integrity
-from bigtrain.checkpoint.find import FOLDER, Checkpoint, Keep, checkpoints
+from bigtrain.checkpoint.find import FOLDER, HIDDEN, Checkpoint, Keep, checkpoints, hide_and_remove
 from bigtrain.checkpoint.weights import write_weights
 from bigtrain.engine.base import Engine, Write
 from bigtrain.engine.host import HostGroup
@@ -35,7 +35,6 @@ from bigtrain.models.lora import merged
 
 Files = dict[str, integrity.File]
 BYTES_PER_PARAMETER = 20  # at most: master weights and two moments in fp32, working weights twice in 32 bits
-HIDDEN = ".staging-"  # what begins so is no checkpoint, and goes when the next save begins
 
 
 @dataclass(frozen=True)
@@ -290,7 +289,7 @@ def _publish(staging: Path, final: Path, facts: dict[str, Any], files: Files) ->
         raise BigtrainError(f"{len(found)} files in {staging}, the ranks wrote {len(files)}: is run_dir shared by all?")
     integrity.seal(staging, facts, files)
     if final.exists():  # of an interrupted run that reached this step before
-        _hide_and_remove(final)
+        hide_and_remove(final)
     staging.rename(final)
     fsync(final.parent)
 
@@ -302,15 +301,7 @@ def _remove(run_dir: Path, keep: Keep) -> None:
     for old in found:
         if old.path not in kept:
             with contextlib.suppress(OSError):
-                _hide_and_remove(old.path)
-
-
-def _hide_and_remove(path: Path) -> None:
-    """So that a crash half-way leaves no step-N with files missing."""
-    hidden = path.with_name(f"{HIDDEN}removed-{path.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    path.rename(hidden)
-    shutil.rmtree(hidden)
+                hide_and_remove(old.path)
 
 
 def _set_aside(path: Path) -> Path:
