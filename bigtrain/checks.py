@@ -210,7 +210,7 @@ def _check_train(config: Config) -> None:
     train = config.train
     for name in ("steps", "global_batch", "micro_batch", "eval_batches", "keep_checkpoints"):
         _positive(f"train.{name}", getattr(train, name))
-    for name in ("seed", "grad_clip", "eval_every", "save_every"):
+    for name in ("seed", "grad_clip", "eval_every", "save_every", "keep_every"):
         _positive(f"train.{name}", getattr(train, name), 0)
     _positive("logger.log_every", config.logger.log_every)
     if not 0 < train.layer_lr_decay <= 1:

@@ -278,6 +278,41 @@ def export(run: Path, format: str, out: Path) -> None:
     click.echo(write(run, out))
 
 
+@command.group(name="checkpoint")
+def checkpoint_group() -> None:
+    """List, verify or thin out the checkpoints of a run."""
+
+
+@checkpoint_group.command("list")
+@click.argument("run", type=RUN)
+def list_checkpoints(run: Path) -> None:
+    """Show each checkpoint of RUN: step, time, size, ranks, ZeRO stage, metric, why it is kept."""
+    from bigtrain.checkpoint import inspect
+
+    click.echo(inspect.table(run))
+
+
+@checkpoint_group.command()
+@click.argument("run", type=RUN)
+@click.option("--set-aside", is_flag=True, help="Rename damaged ones to step-N.bad, so that the one before is used.")
+def verify(run: Path, set_aside: bool) -> int:
+    """Read every byte of RUN's checkpoints and compare it with the manifest. Exit status 1 if any is damaged."""
+    from bigtrain.checkpoint import inspect
+
+    return 0 if inspect.verify(run, set_aside, click.echo) else 1
+
+
+@checkpoint_group.command()
+@click.argument("run", type=RUN)
+@click.option("--keep", type=click.IntRange(min=1), help="So many of the newest; default: as RUN's config says.")
+@click.option("--dry-run", is_flag=True, help="Only say what would go.")
+def prune(run: Path, keep: int | None, dry_run: bool) -> None:
+    """Remove the checkpoints of RUN that its config (train.keep_...) does not keep."""
+    from bigtrain.checkpoint import inspect
+
+    inspect.prune(run, keep, dry_run, click.echo)
+
+
 @command.command()
 @click.option("--build", is_flag=True, help="Compile DeepSpeed's native ops now instead of at first use.")
 def doctor(build: bool) -> int:

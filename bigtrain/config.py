@@ -408,7 +408,10 @@ class TrainConfig:
     eval_every: int = 0  # steps; 0: only at the end
     eval_batches: int | None = None  # micro-batches per rank in an evaluation during the run; None: all
     save_every: int = 0  # steps; 0: only at the end
-    keep_checkpoints: int = 2
+    async_save: bool = True  # write a copy in the background, where host memory has room for one
+    keep_checkpoints: int = 2  # the newest; the one being written comes on top
+    keep_every: int = 0  # steps: checkpoints at a multiple of it stay for good; 0: none
+    keep_best: bool = False  # and the one with the lowest train.objective, which is then evaluated before each save
     objective: str = "eval/loss"  # the number of result.json that a sweep minimises
 
 

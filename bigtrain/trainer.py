@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bigtrain.batch import Batch, count_tokens
-from bigtrain.checkpoint import Checkpoint
+from bigtrain.checkpoint import Checkpoint, Keep, facts
 from bigtrain.checkpoint import store as checkpoint_store
 from bigtrain.config import Config
 from bigtrain.data.example_loader import Share
@@ -55,6 +55,10 @@ class Trainer:
         self.step = 0  # optimizer steps done
         self.tokens = 0  # trained on so far, over all ranks, padding not counted
         self.saved_step = -1
+        train = config.train
+        keep = Keep(train.keep_checkpoints, train.keep_every, train.keep_best)
+        self.saver = checkpoint_store.Saver(run_dir, engine, host, keep, later=train.async_save)
+        self.save_stall_seconds, self.failed_saves = 0.0, 0  # of this session
         self.train_seconds = 0.0  # over all sessions of the run
         self.last_metrics: dict[str, float] = {}
         self.throughput: list[float] = []
@@ -81,11 +85,16 @@ class Trainer:
             upcoming = loader.submit(self.train_data.batches, self.step)
             while self.step < train.steps:
                 micro_batches, upcoming = upcoming.result(), self._prefetch(loader)
-                targets, tokens, stops = self.host.sum(
+                targets, tokens, stops, written = self.host.sum(
                     sum(map(self.task.count_targets, micro_batches)),
                     sum(map(count_tokens, micro_batches)),
                     self.stop.is_set(),
+                    self.saver.written(),
                 )
+                if self.saver.pending and written == self.host.world_size:
+                    began = time.perf_counter()
+                    self._publish()
+                    window.started += time.perf_counter() - began  # not training time
                 if stops:
                     break
                 multiplier = lr_multiplier(self.config.schedule, self.step, train.steps)
@@ -93,18 +102,20 @@ class Trainer:
                 self.step += 1
                 self.tokens += int(tokens)
                 window.tokens += tokens
-                evaluates = self._due(train.eval_every) and self.step < train.steps
                 saves = self._due(train.save_every)
+                evaluates = (self._due(train.eval_every) and self.step < train.steps) or (saves and train.keep_best)
                 if self._due(self.config.logger.log_every) or evaluates or saves or self.step == train.steps:
                     self._log(window, outcome, multiplier)
+                seen: dict[str, float] = {}
                 if evaluates:
-                    self.hooks.on_evaluate(self.step, self.evaluate(self.held_out_sample))
+                    seen = self.evaluate(self.held_out_sample)
+                    self.hooks.on_evaluate(self.step, seen)
                 if saves:
-                    self._save()
+                    self._save(seen)
                 if evaluates or saves:
                     window.clear()  # their time is not training time
         self.train_seconds = self._seconds()
-        self._save()
+        self._save_last()
         result: dict[str, Any] = {"status": "finished" if self.step >= train.steps else "stopped"}
         if self.step >= train.steps:
             metrics = self.evaluate(self.held_out)
@@ -191,21 +202,45 @@ class Trainer:
         predictions = self.task.joined(dict(row for rows in self.host.gather(mine) for row in rows))
         return Totals(total_nll, int(total_targets), dict(zip(names, total_sums, strict=True)), predictions)
 
-    def _save(self) -> None:
-        if self.step == self.saved_step:
-            return
+    def _save_last(self) -> None:
+        """What the run ends with must be on the disk. Raises BigtrainError if it cannot be."""
+        if self.saver.pending:
+            self._publish()
+        if self.step != self.saved_step:
+            self._save(self.evaluate(self.held_out_sample) if self.config.train.keep_best else {})
+        if self.saver.pending and (problem := self._publish()):
+            raise BigtrainError(problem)
+        self.saver.close()
+
+    def _save(self, seen: dict[str, float]) -> None:
+        """Begin a checkpoint of this step; `seen`: what an evaluation has just found."""
+        if self.saver.pending:
+            self._publish()
         states = self.hooks.state() if self.host.rank == 0 else {}
-        state = {
+        state = facts.of_run(self.config, self.task.tokenizer_file) | {
+            "sequences": self.step * self.config.train.global_batch,
             "tokens": self.tokens,
             "train_seconds": self._seconds(),
-            "engine": self.config.engine.kind,
+            "metric": facts.metric(self.config.train.objective, seen),
             "hooks": states,
         }
-        path = checkpoint_store.save(
-            self.run_dir, self.step, self.engine, self.host, state, self.config.train.keep_checkpoints
-        )
+        self.saver.begin(self.step, state)
         self.saved_step = self.step
-        self.hooks.on_checkpoint(self.step, path)
+        if not self.config.train.async_save:
+            self._publish()
+
+    def _publish(self) -> str | None:
+        """Finish the save that has begun. Where the disk refused, training goes on and says so; the reason if so."""
+        saved = self.saver.finish()
+        self.save_stall_seconds += saved.stall_seconds
+        if saved.problem is None:
+            self.hooks.on_checkpoint(saved.step, saved.path)
+            return None
+        self.failed_saves += 1
+        if self.saved_step == saved.step:
+            self.saved_step = -1  # so that a last save tries again
+        self.hooks.on_warning(self.step, saved.problem)
+        return saved.problem
 
     def _summary(self) -> dict[str, Any]:
         ordered = sorted(self.throughput)
@@ -214,6 +249,8 @@ class Trainer:
             "train/steps": self.step,
             "data/tokens": self.tokens,
             "time/train_seconds": self.train_seconds,
+            "time/save_stall_seconds": self.save_stall_seconds,
+            "checkpoint/failed": self.failed_saves,
             "perf/tokens_per_second": ordered[len(ordered) // 2] if ordered else None,
             "perf/peak_memory_gib": peak_memory_gib(self.engine.device),
         }

@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import select
 import shutil
 import signal
@@ -20,7 +19,6 @@ import sys
 import threading
 import time
 import traceback
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -61,8 +59,8 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
     """Build this rank's parts from the config and train."""
     import torch
 
-    from bigtrain import checkpoint, models, tasks
-    from bigtrain.checkpoint import transfer
+    from bigtrain import models, tasks
+    from bigtrain.checkpoint import facts, store, transfer
     from bigtrain.data.example_loader import Share
     from bigtrain.engine import optimizers, start
     from bigtrain.engine.host import HostGroup
@@ -103,8 +101,10 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
 
     built = start.build(config, build_model, device)
     torch.manual_seed(train.seed * 100_003 + host.rank)  # dropout differs from rank to rank
-    resumed = checkpoint.resolve_resume(run_dir, config.resume) if host.rank == 0 else None
-    resumed = host.broadcast(resumed)
+    resumed, damaged = store.choose(run_dir, config.resume, host)
+    if host.rank == 0:
+        for line in damaged:
+            print(f"warning: {line}", file=terminal)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[train.precision]
     info = RunInfo(
         run_dir=run_dir,
@@ -153,7 +153,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
             "run": str(run_dir),
             "config_sha256": configuration.fingerprint(config),
             "world_size": host.world_size,
-            "versions": versions(),
+            "versions": facts.versions(),
         }
         if host.rank == 0:
             write_atomic(run_dir / "result.json", json.dumps(result, indent=1))
@@ -216,16 +216,6 @@ def record_failure(run_dir: Path, rank: int, error: BaseException) -> None:
         write_atomic(run_dir / "failures" / f"rank-{rank}.json", json.dumps(failure, indent=1))
     except OSError:
         pass  # the disk may be why we are here; the log has the traceback
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("bigtrain", "torch", "deepspeed", "accelerate", "transformers", "tokenizers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import yaml
 from torch import Tensor, nn
 
 from bigtrain import generate, models
+from bigtrain.checkpoint.integrity import seal
 from bigtrain.checkpoint.weights import write_weights
 from bigtrain.config import (
     ClassificationConfig,
@@ -53,8 +54,7 @@ def make_run(run: Path, config: Config, model: nn.Module) -> Path:
     checkpoint = run / "checkpoints" / "step-00000010"
     checkpoint.mkdir(parents=True)
     write_weights(checkpoint, ((name, weight.detach()) for name, weight in model.named_parameters()))
-    files = {path.name: path.stat().st_size for path in checkpoint.iterdir()}
-    (checkpoint / "manifest.json").write_text(json.dumps({"step": 10, "files": files}))
+    seal(checkpoint, {"step": 10})
     return run
 
 

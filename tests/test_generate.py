@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from bigtrain import generate, models
+from bigtrain.checkpoint.integrity import seal
 from bigtrain.checkpoint.weights import write_weights
 from bigtrain.config import Config, DecoderConfig, dump
 from bigtrain.data.tokenizer import train_tokenizer, vocabulary_size
@@ -198,8 +198,7 @@ def save_checkpoint(run: Path, step: int, decoder: models.Decoder) -> None:
     checkpoint = run / "checkpoints" / f"step-{step:08d}"
     checkpoint.mkdir(parents=True)
     write_weights(checkpoint, ((name, weight.detach()) for name, weight in decoder.named_parameters()))
-    files = {path.name: path.stat().st_size for path in checkpoint.iterdir()}
-    (checkpoint / "manifest.json").write_text(json.dumps({"step": step, "files": files}))
+    seal(checkpoint, {"step": step})
 
 
 def test_the_newest_checkpoint_writes_on(run_dir: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch import nn
 
-from bigtrain.checkpoint.find import resolve_resume
+from bigtrain.checkpoint.find import candidates
 from bigtrain.checkpoint.weights import Report, iterate_weights, load_matching, reads
 from bigtrain.errors import BigtrainError
 from bigtrain.models import huggingface
@@ -23,9 +23,7 @@ def load_initial(model: nn.Module, source: str) -> Report:
     if is_huggingface(path):
         tensors = huggingface.iterate_weights(path, huggingface.read_config(path), read=reads(model))
     else:
-        checkpoint = resolve_resume(path, source)
-        assert checkpoint is not None
-        tensors = iterate_weights(checkpoint.path, reads(model))
+        tensors = iterate_weights(candidates(path, source)[0], reads(model))
     report = load_matching(model, tensors)
     if not report.loaded:
         name, why = next(iter(report.skipped.items()), ("nothing", "the file is empty"))

@@ -10,16 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bigtrain.checkpoint.find import is_checkpoint, refused
+from bigtrain.checkpoint.integrity import damaged, listed, read_manifest
 from bigtrain.errors import BigtrainError
 from bigtrain.models.stored import INDEX, SINGLE, StoredTensors
 
 SHARD_BYTES = 4 * 2**30
 
 
-def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> None:
+def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_bytes: int = SHARD_BYTES) -> list[Path]:
     """Write tensors in shards of at most `shard_bytes` (a larger single tensor stands alone), in Hugging Face's layout.
 
-    Holds one shard in memory. Raises OSError where the disk refuses.
+    Holds one shard in memory. Returns what it wrote. Raises OSError where the disk refuses.
     """
     from safetensors.torch import save_file
 
@@ -41,26 +43,41 @@ def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], shard_
         total += size
     flush()
     if len(shards) == 1:
-        shards[0][0].rename(directory / SINGLE)
-        return
+        return [shards[0][0].rename(directory / SINGLE)]
+    written: list[Path] = []
     index: dict[str, str] = {}
     for number, (path, names) in enumerate(shards, 1):
         final = directory / f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        path.rename(final)
+        written.append(path.rename(final))
         index |= dict.fromkeys(names, final.name)
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=1)
     (directory / INDEX).write_text(text, encoding="utf-8")
+    return [*written, directory / INDEX]
 
 
 def iterate_weights(directory: Path, read: bool = True) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) one at a time from a directory that holds consolidated weights.
 
     Without `read` the tensors are on the meta device: their names and shapes, and no bytes.
-    Raises BigtrainError where there are none or a file is damaged.
+    Raises BigtrainError where there are none or a file is damaged. A checkpoint's files are checked against their
+    hashes before the first tensor is read.
     """
+    if read and is_checkpoint(directory):
+        check_weights(directory)
     stored = StoredTensors(directory)
     for name in stored.names:
         yield name, stored.tensor(name, read)
+
+
+def check_weights(checkpoint: Path) -> None:
+    """Raises BigtrainError unless the files that hold a checkpoint's consolidated weights are as they were saved."""
+    try:
+        files = read_manifest(checkpoint)["files"]
+    except ValueError as error:
+        raise refused(checkpoint, str(error)) from None
+    names = [name for name in files if name == INDEX or (name.startswith("model") and name.endswith(".safetensors"))]
+    if problems := damaged(checkpoint, names):
+        raise refused(checkpoint, listed(problems))
 
 
 def read_weights(directory: Path) -> dict[str, Tensor]:

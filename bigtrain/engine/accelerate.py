@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bigtrain.batch import Batch, LossSums
 from bigtrain.config import AccelerateConfig, Config
 from bigtrain.engine import optimizers
-from bigtrain.engine.base import LossFunction, StepOutcome, T
+from bigtrain.engine.base import LossFunction, StepOutcome, T, Write
 
 STATE = "engine"
 
@@ -75,8 +75,10 @@ class AccelerateEngine:
         self.optimizer.zero_grad(set_to_none=True)
         return StepOutcome(norm, True)
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, later: bool) -> list[Write]:
+        """Accelerate writes at once, whatever `later` says."""
         self.accelerator.save_state(str(directory / STATE), safe_serialization=True)
+        return []
 
     def load(self, directory: Path) -> None:
         self.accelerator.load_state(str(directory / STATE))

@@ -13,6 +13,7 @@ from bigtrain.batch import Batch, LossSums
 
 T = TypeVar("T")
 LossFunction = Callable[[nn.Module, Batch], LossSums]
+Write = Callable[[], list[Path]]  # writes files, in any thread, and says which
 
 
 class StepOutcome(NamedTuple):
@@ -44,8 +45,12 @@ class Engine(Protocol):
         """Clip, update with lr = peak * lr_multiplier, clear the gradients."""
         ...
 
-    def save(self, directory: Path) -> None:
-        """Write what `load` needs for an exact continuation. Every rank calls it; may raise on one rank only."""
+    def save(self, directory: Path, later: bool) -> list[Write]:
+        """Save what `load` needs for an exact continuation. Every rank calls it; may raise on one rank only.
+
+        Returns what is still to be written, of a copy that training does not touch: with `later`, as much as host
+        memory allows. The rest is written when this returns.
+        """
         ...
 
     def load(self, directory: Path) -> None: ...

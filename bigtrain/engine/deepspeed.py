@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from bigtrain.batch import Batch, LossSums
 from bigtrain.config import Config, DeepSpeedConfig, MuonConfig, accumulation_steps, micro_batch
 from bigtrain.engine import optimizers
-from bigtrain.engine.base import LossFunction, StepOutcome, T
+from bigtrain.engine.base import LossFunction, StepOutcome, T, Write
+from bigtrain.engine.snapshot import snapshot
 
 STATE = "engine"  # the checkpoint's subdirectory ("tag") for DeepSpeed's own files
 
@@ -164,14 +165,24 @@ class DeepSpeedEngine:
         self.engine.step()
         return StepOutcome(self.engine.get_global_grad_norm(), self.engine.was_step_applied())
 
-    def save(self, directory: Path) -> None:
+    def save(self, directory: Path, later: bool) -> list[Write]:
         """DeepSpeed saves between barriers: a rank that failed must still reach them, and raise only afterwards."""
         writer, problems = self.engine.checkpoint_engine, []
         write = writer.save
+        writes: list[Write] = []
 
-        def guarded(*args: Any, **kwargs: Any) -> None:
+        def guarded(state_dict: Any, path: str) -> None:
             try:
-                write(*args, **kwargs)
+                copied = snapshot(state_dict) if later else None
+                if copied is None:
+                    write(state_dict, path)
+                    return
+
+                def write_copy() -> list[Path]:
+                    write(copied, path)
+                    return [Path(path)]
+
+                writes.append(write_copy)
             except Exception as error:
                 problems.append(error)
 
@@ -183,6 +194,7 @@ class DeepSpeedEngine:
             writer.save = write
         if problems:
             raise problems[0]
+        return writes
 
     def load(self, directory: Path) -> None:
         self.engine.load_checkpoint(str(directory), tag=STATE)

@@ -44,7 +44,10 @@ class Hook:
     def on_evaluate(self, step: int, metrics: Metrics) -> None: ...
 
     def on_checkpoint(self, step: int, path: Path) -> None:
-        """After the checkpoint is complete."""
+        """After the checkpoint is complete, which may be some steps later."""
+
+    def on_warning(self, step: int, message: str) -> None:
+        """Something went wrong that does not end the run."""
 
     def on_end(self, result: dict[str, Any]) -> None:
         """The run finished or was stopped; `result` is what result.json holds."""
@@ -91,6 +94,10 @@ class Hooks(Hook):
 
     def on_checkpoint(self, step: int, path: Path) -> None:
         self._each("on_checkpoint", lambda hook: hook.on_checkpoint(step, path))
+
+    def on_warning(self, step: int, message: str) -> None:
+        logger.warning("step %d: %s", step, message)
+        self._each("on_warning", lambda hook: hook.on_warning(step, message))
 
     def on_end(self, result: dict[str, Any]) -> None:
         self._each("on_end", lambda hook: hook.on_end(result))

@@ -38,6 +38,11 @@ class JsonlHook(Hook):
     def on_evaluate(self, step: int, metrics: Metrics) -> None:
         self.on_step(step, metrics)
 
+    def on_warning(self, step: int, message: str) -> None:
+        if self._file is not None:
+            line = json.dumps({"step": step, "time": round(time.time(), 3), "warning": message}) + "\n"
+            os.write(self._file, line.encode())
+
     def close(self) -> None:
         if self._file is not None:
             os.close(self._file)

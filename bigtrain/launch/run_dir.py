@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain import config as schema
-from bigtrain.checkpoint.find import newest, resolve_resume
+from bigtrain.checkpoint.find import checkpoints, resolve_resume
 from bigtrain.config import Config
 from bigtrain.errors import BigtrainError, ConfigError
 
@@ -26,7 +26,8 @@ _FREE = (
     "run_dir", "resume", "launch", "logger", "schedule.warmup_steps",
     "data.prepared_dir", "data.cache_dir", "data.workers",
     "train.steps", "train.micro_batch", "train.activation_checkpointing", "train.compile", "train.eval_every",
-    "train.eval_batches", "train.save_every", "train.keep_checkpoints", "train.objective",
+    "train.eval_batches", "train.save_every", "train.objective",
+    "train.async_save", "train.keep_checkpoints", "train.keep_every", "train.keep_best",
 )  # fmt: skip
 _SHOWN_DIFFERENCES = 3
 
@@ -149,7 +150,7 @@ def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def has_checkpoint(path: Path) -> bool:
-    return newest(path) is not None
+    return bool(checkpoints(path))
 
 
 def check_resume(path: Path, config: Config, before: Config | None) -> None:

@@ -1,34 +1,40 @@
-"""What counts as a checkpoint, and which one a run continues from."""
+"""What counts as a checkpoint, which one a run continues from, and which ones stay."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bigtrain.checkpoint import checkpoints, newest, resolve_resume
-from bigtrain.errors import ConfigError
+from bigtrain.checkpoint import Keep, checkpoints, newest, resolve_resume
+from bigtrain.checkpoint.find import set_aside
+from bigtrain.checkpoint.integrity import seal
+from bigtrain.errors import BigtrainError, ConfigError
 
 
-def make(run: Path, step: int) -> Path:
+def make(run: Path, step: int, **facts: Any) -> Path:
     path = run / "checkpoints" / f"step-{step:08d}"
     path.mkdir(parents=True)
     (path / "model.safetensors").write_bytes(b"12345")
-    manifest = {"format": 1, "step": step, "world_size": 1, "files": {"model.safetensors": 5}}
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    seal(path, {"step": step, "world_size": 1, **facts})
     return path
 
 
-def test_newest_is_by_step_and_only_whole_ones_count(tmp_path: Path) -> None:
+def test_only_whole_ones_count_in_order_of_step(tmp_path: Path) -> None:
     assert newest(tmp_path) is None
-    first, second, third, fourth = (make(tmp_path, step) for step in (5, 10, 100, 200))
+    first, second, third, fourth = (make(tmp_path, step) for step in (5, 10, 100, 123456789))
+    assert newest(tmp_path) == fourth
     (third / "model.safetensors").write_bytes(b"123")  # truncated
     (fourth / "manifest.json").write_text('{"step": 200, ')
     (tmp_path / "checkpoints" / ".staging-00000300").mkdir()
     assert [checkpoint.step for checkpoint in checkpoints(tmp_path)] == [5, 10]
+    with pytest.raises(BigtrainError, match=r"step-123456789: damaged .*verify .* --set-aside"):
+        newest(tmp_path)  # an older model must not silently take its place
+    assert set_aside(fourth).name == "step-123456789.bad"
+    set_aside(third)
     assert newest(tmp_path) == second
-    (second / "model.safetensors").unlink()
+    set_aside(second)
     assert newest(tmp_path) == first
 
 
@@ -46,3 +52,30 @@ def test_resolve_resume(tmp_path: Path) -> None:
         resolve_resume(empty, "required")
     with pytest.raises(ConfigError, match="no complete checkpoint"):
         resolve_resume(run, str(empty))
+
+
+def test_never_a_silent_start_from_scratch(tmp_path: Path) -> None:
+    path = make(tmp_path, 7)
+    (path / "model.safetensors").unlink()
+    for resume in ("auto", "required"):
+        with pytest.raises(ConfigError, match=r"every checkpoint .* is damaged .*another run_dir"):
+            resolve_resume(tmp_path, resume)
+    with pytest.raises(ConfigError, match=r"model\.safetensors: missing"):
+        resolve_resume(tmp_path / "new", str(path))
+    set_aside(path)
+    with pytest.raises(ConfigError, match=r"step-00000007\.bad"):
+        resolve_resume(tmp_path, "auto")
+
+
+def test_what_stays(tmp_path: Path) -> None:
+    for step, loss in ((10, 3.0), (20, 1.0), (30, 2.0), (40, None), (50, 4.0)):
+        make(tmp_path, step, metric=None if loss is None else {"name": "eval/loss", "value": loss})
+    found = checkpoints(tmp_path)
+
+    def kept(keep: Keep) -> dict[str, str]:
+        return {path.name.lstrip("step-0"): why for path, why in keep.reasons(found).items()}
+
+    assert kept(Keep(1)) == {"50": "newest 1"}
+    assert kept(Keep(2, best=True)) == {"20": "best", "40": "newest 2", "50": "newest 2"}
+    assert kept(Keep(1, every=20)) == {"20": "every 20", "40": "every 20", "50": "newest 1"}
+    assert kept(Keep(1, 25, True)) == {"20": "best", "50": "newest 1, every 25"}

@@ -1,0 +1,67 @@
+"""What a manifest says of the run that a checkpoint is from, so that a resume can tell what has changed since."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import bigtrain
+from bigtrain import config as configuration
+from bigtrain.checkpoint.integrity import sha256
+from bigtrain.config import Config, DeepSpeedConfig
+
+
+def of_run(config: Config, tokenizer_file: Path) -> dict[str, Any]:
+    """Engine, precision, batch, fingerprints (SHA-256) and versions; the same for every checkpoint of a session."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "engine": config.engine.kind,
+        "stage": config.engine.stage if isinstance(config.engine, DeepSpeedConfig) else None,
+        "precision": config.train.precision,
+        "global_batch": config.train.global_batch,
+        "fingerprints": _fingerprints(configuration.fingerprint(config), config.data.prepared_dir, tokenizer_file),
+        "versions": versions(),
+    }
+
+
+def metric(name: str, seen: dict[str, float]) -> dict[str, Any] | None:
+    """The objective as a manifest holds it; None unless an evaluation at this very step gave a finite number."""
+    value = seen.get(name, math.nan)
+    return {"name": name, "value": value} if math.isfinite(value) else None
+
+
+@functools.cache
+def _fingerprints(config: str, prepared_dir: str | None, tokenizer_file: Path) -> dict[str, str]:
+    return {
+        "config": config,
+        "tokenizer": sha256(tokenizer_file),
+        "corpus": Path(prepared_dir or "").name,  # a prepared directory is named by the fingerprint of its content
+        "code": code(),
+    }
+
+
+@functools.cache
+def code() -> str:
+    """SHA-256 over bigtrain's own source files, by name and content."""
+    digest = hashlib.sha256()
+    package = Path(bigtrain.__file__).parent
+    for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".c", ".json")):
+        digest.update(f"{path.relative_to(package)}\0{sha256(path)}\n".encode())
+    return digest.hexdigest()
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("bigtrain", "torch", "deepspeed", "accelerate", "transformers", "tokenizers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
