@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bigtrain import __version__
+from bigtrain.checkpoint import reshard
 from bigtrain.checkpoint.find import FOLDER, MANIFEST, Checkpoint, checkpoints
 from bigtrain.checkpoint.weights import write_weights
 from bigtrain.engine.base import Engine
@@ -56,13 +57,13 @@ def save(run_dir: Path, step: int, engine: Engine, host: HostGroup, state: dict[
 
 
 def load(checkpoint: Checkpoint, engine: Engine) -> None:
-    """Put engine state and this rank's random state back. Raises BigtrainError at another number of ranks."""
-    saved = checkpoint.manifest["world_size"]
-    if saved != engine.world_size:
-        raise BigtrainError(
-            f"{checkpoint.path}: saved by {saved} ranks, this run has {engine.world_size};"
-            f" continue with launch.ranks={saved}"
-        )
+    """Put engine state and this rank's random state back, whatever the number of ranks and the ZeRO stage were.
+
+    Raises BigtrainError where the engine's state cannot be cut anew.
+    """
+    if reshard.needed(checkpoint, engine):
+        reshard.load(checkpoint, engine)
+        return
     engine.load(checkpoint.path)
     state = torch.load(checkpoint.path / f"random-{engine.rank:05d}.pt", weights_only=True)
     torch.set_rng_state(state["cpu"])
