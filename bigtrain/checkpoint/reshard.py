@@ -36,22 +36,18 @@ def needed(checkpoint: Checkpoint, engine: Engine) -> bool:
 
     Raises BigtrainError where a checkpoint without a layout was saved by another number of ranks.
     """
-    saved = shards.read_layout(checkpoint.path / ENGINE, engine.rank if _cut(checkpoint) else 0)
-    ranks = checkpoint.manifest["world_size"]
-    if saved is None:
-        if ranks != engine.world_size:
-            raise BigtrainError(
-                f"{checkpoint.path}: saved by {ranks} ranks without a layout, this run has {engine.world_size};"
-                f" continue with launch.ranks={ranks}"
-            )
-        return False
-    mine = shards.layout(engine)
-    return ranks != engine.world_size or not saved.same_cut(mine)
-
-
-def _cut(checkpoint: Checkpoint) -> bool:
     first = shards.read_layout(checkpoint.path / ENGINE, 0)
-    return first is not None and first.form in CUT_FORMS
+    ranks = checkpoint.manifest["world_size"]
+    if first is None and ranks != engine.world_size:
+        raise BigtrainError(
+            f"{checkpoint.path}: saved by {ranks} ranks without a layout, this run has {engine.world_size};"
+            f" continue with launch.ranks={ranks}"
+        )
+    if first is None or ranks != engine.world_size:
+        return first is not None
+    whole = first.form not in CUT_FORMS
+    saved = first if whole else shards.read_layout(checkpoint.path / ENGINE, engine.rank)
+    return saved is None or not saved.same_cut(shards.layout(engine))
 
 
 @torch.no_grad()

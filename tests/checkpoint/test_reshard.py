@@ -47,6 +47,8 @@ def continuing(pairs: Pairs, precision: str, folder: str, **more: Any) -> dict[s
             resharded = reshard.needed(checkpoint, engine)
             store.load(checkpoint, engine)
         except BigtrainError as error:
+            if not more.get("refused"):
+                raise
             found[f"{source} -> {target}"] = {"error": str(error)}
             continue
         expected = torch.load(Path(folder) / f"{Path(source).name}.pt")
@@ -72,7 +74,7 @@ def _same(one: torch.Tensor | None, other: torch.Tensor | None) -> bool:
 
 
 def _steps(engine: Any) -> list[float]:
-    return sorted({float(shards.state_of(engine, flat)["step"]) for flat in shards.flats(engine)})
+    return sorted({float(shards.state_of(engine, flat).get("step", -1)) for flat in shards.flats(engine)})
 
 
 def check(pairs: Pairs, world_size: int, precision: str, folder: Path, curves: dict[str, list[float]]) -> None:
@@ -81,7 +83,6 @@ def check(pairs: Pairs, world_size: int, precision: str, folder: Path, curves: d
     for result in run_ranks(f"{__name__}:continuing", world_size, arguments):
         assert len(result) == len(pairs)
         for name, found in result.items():
-            assert not found.get("error"), f"{name} at {world_size}: {found['error']}"
             assert not found["wrong"], f"{name} at {world_size}"
             source = Path(name.split(" -> ")[0]).name
             tolerance = 1e-4 if precision == "fp32" else 1e-2
@@ -121,7 +122,6 @@ def test_other_optimizers(optimizer: str, tmp_path: Path) -> None:
     curves = run_ranks(f"{__name__}:saving", 2, arguments | {"choices": sorted({name for name, _ in pairs})})[0]
     (result,) = run_ranks(f"{__name__}:continuing", 1, arguments | {"pairs": pairs})
     for name, found in result.items():
-        assert not found.get("error"), f"{name}: {found['error']}"
         wrong = [one for one in found["wrong"] if optimizer == "lion" or "momentum_buffer" not in one]
         assert not wrong, name
         assert found["curve"] == pytest.approx(curves[name.split(" -> ")[0]], rel=1e-3), name
@@ -130,6 +130,7 @@ def test_other_optimizers(optimizer: str, tmp_path: Path) -> None:
 def test_what_cannot_be_cut_anew_is_refused_in_a_line(tmp_path: Path) -> None:
     arguments = {"precision": "fp32", "folder": str(tmp_path)}
     run_ranks(f"{__name__}:saving", 2, arguments | {"choices": ["fsdp2", "zero2"]})
+    arguments |= {"refused": True}
     other = arguments | {"optimizer": {"kind": "lion", "lr": 1e-3}}
     (one,) = run_ranks(f"{__name__}:continuing", 1, arguments | {"pairs": [("fsdp2", "zero2")]})
     (two,) = run_ranks(f"{__name__}:continuing", 1, other | {"pairs": [("zero2", "zero3")]})
