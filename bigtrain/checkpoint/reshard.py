@@ -275,7 +275,9 @@ def _whole(saved: _Saved, key: str, flat: Flat) -> Any:
         whole = len(source.flat.pieces) == 1 and source.piece == flat.pieces[0]
         if whole and not others and source.flat.names == flat.names:
             value = source.shard.state(source.flat)[key]
-            return value.detach().clone().to(flat.key.device)
+            names, context = value.__tensor_flatten__()  # torch's protocol of tensors made of tensors: cannot be cloned
+            parts = {name: getattr(value, name).detach().clone().to(flat.key.device) for name in names}
+            return type(value).__tensor_unflatten__(parts, context, value.size(), value.stride())
     raise BigtrainError(
         f"the optimizer's {key} is quantised in blocks, which cannot be cut anew without changing it;"
         " continue with the ranks, engine and precision it was saved with"
