@@ -460,6 +460,7 @@ class LoggerConfig:
 class Config:
     run_dir: str = "runs/latest"
     resume: str = "auto"  # auto | required | never | a run or checkpoint directory
+    resume_allow: list[str] = field(default_factory=list)  # what may have changed: [optimizer.lr, train.global_batch]
     init_from: str | None = None  # a run, checkpoint or Hugging Face directory whose weights this one starts from
     model: ModelConfig = field(default_factory=DecoderConfig)
     task: TaskConfig = field(default_factory=CausalLMConfig)

@@ -7,6 +7,7 @@ import resource
 import time
 from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bigtrain.batch import Batch, count_tokens
-from bigtrain.checkpoint import Checkpoint, Keep, facts
+from bigtrain.checkpoint import Checkpoint, Keep, changes, facts
 from bigtrain.checkpoint import store as checkpoint_store
 from bigtrain.config import Config
 from bigtrain.data.example_loader import Share
@@ -53,6 +54,8 @@ class Trainer:
         self.held_out_sample = task.held_out(share, config.train.eval_batches)
         self.stop = stop  # set by a signal on any rank
         self.step = 0  # optimizer steps done
+        self.sequences = 0  # taken from the data so far, over all ranks
+        self.share = share
         self.tokens = 0  # trained on so far, over all ranks, padding not counted
         self.saved_step = -1
         train = config.train
@@ -68,6 +71,11 @@ class Trainer:
         checkpoint_store.load(checkpoint, self.engine)
         self.step = self.saved_step = checkpoint.step
         self.tokens = checkpoint.manifest["tokens"]
+        batch = self.config.train.global_batch
+        self.sequences = checkpoint.manifest.get("sequences", self.step * batch)
+        if self.sequences != self.step * batch:  # the global batch has changed: go on in the data where it stands
+            self.share = replace(self.share, shift=self.sequences - self.step * batch)
+            self.train_data = self.task.train_loader(self.share)
         self.train_seconds = checkpoint.manifest["train_seconds"]
         self.hooks.load_state(checkpoint.manifest["hooks"])
 
@@ -100,6 +108,7 @@ class Trainer:
                 multiplier = lr_multiplier(self.config.schedule, self.step, train.steps)
                 outcome = self._update(micro_batches, targets, multiplier, window)
                 self.step += 1
+                self.sequences += train.global_batch
                 self.tokens += int(tokens)
                 window.tokens += tokens
                 saves = self._due(train.save_every)
@@ -218,8 +227,9 @@ class Trainer:
             self._publish()
         states = self.hooks.state() if self.host.rank == 0 else {}
         state = facts.of_run(self.config, self.task.tokenizer_file) | {
-            "sequences": self.step * self.config.train.global_batch,
             "tokens": self.tokens,
+            "sequences": self.sequences,
+            "config": changes.recorded(self.config),
             "train_seconds": self._seconds(),
             "metric": facts.metric(self.config.train.objective, seen),
             "hooks": states,

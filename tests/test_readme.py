@@ -29,7 +29,7 @@ def test_every_command_of_the_tour(tmp_path: Path, data_cache: Path, monkeypatch
         shared = [f"data.cache_dir={data_cache}"] if arguments[0] in ("train", "prepare") else []
         output = bigtrain(*arguments, *shared, cwd=tmp_path)
         assert output.strip(), arguments
-    assert result(tmp_path / "runs/tour")["train/steps"] == 30
+    assert result(tmp_path / "runs/tour")["train/steps"] == 40
     assert result(tmp_path / "runs/sweep/1")["status"] == "finished"
     assert (tmp_path / "runs/compared/index.html").is_file()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain.checkpoint import checkpoints
 from bigtrain.checkpoint.weights import read_weights
 from bigtrain.config import load
 from tests.runs import TINY, bigtrain, command, losses, metrics, result
@@ -43,6 +46,33 @@ def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:
     assert config.model.vocab_size == 512
     weights = read_weights(max((uninterrupted / "checkpoints").iterdir()))
     assert sum(tensor.numel() for tensor in weights.values()) == done["model/parameters"]
+
+
+def test_a_run_goes_on_cut_in_another_way(uninterrupted: Path, tmp_path: Path, data_cache: Path) -> None:
+    run = tmp_path / "moved"
+    shutil.copytree(uninterrupted, run)
+    arguments = [*TINY, "model.dropout=0.1", "train.steps=30", f"run_dir={run}", f"data.cache_dir={data_cache}"]
+    changed = ["engine=zero3", "launch.ranks=1", "train.global_batch=4", "optimizer.lr=1e-4"]
+    output = bigtrain("train", *arguments, *changed, expect=2)
+    assert "resume_allow=[optimizer.lr,train.global_batch]" in output
+    output = bigtrain("train", *arguments, *changed, "resume_allow=[optimizer.lr,train.global_batch]")
+    for pattern in (
+        r"engine.stage +2 +-> 3",
+        r"optimizer.lr +\S+ +-> 0.0001",
+        r"train.global_batch +8 +-> 4",
+        r"ranks +2 +-> 1",
+    ):
+        assert re.search(pattern, output), output
+    done = result(run)
+    assert done["status"] == "finished"
+    assert done["data/tokens"] == (24 * 8 + 6 * 4) * 64
+    curve = losses(run)
+    assert sorted(curve) == list(range(1, 31))
+    assert max(curve[step] for step in range(25, 31)) < curve[12]
+    rates = {line["step"]: line["train/lr"] for line in metrics(run) if "train/lr" in line}
+    assert max(rates[step] for step in range(25, 31)) <= 1e-4
+    manifest = checkpoints(run)[-1].manifest
+    assert (manifest["step"], manifest["sequences"], manifest["world_size"]) == (30, 24 * 8 + 6 * 4, 1)
 
 
 def test_resume_after_ctrl_c_continues_bit_for_bit(uninterrupted: Path, tmp_path: Path, data_cache: Path) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from bigtrain import __version__
-from bigtrain.checkpoint import find, integrity
+from bigtrain.checkpoint import find, integrity, reshard
 from bigtrain.checkpoint.find import FOLDER, HIDDEN, Checkpoint, Keep, checkpoints, hide_and_remove
 from bigtrain.checkpoint.weights import write_weights
 from bigtrain.engine.base import Engine, Write
@@ -221,13 +221,13 @@ def choose(run_dir: Path, resume: str, host: HostGroup) -> tuple[Checkpoint | No
 
 
 def load(checkpoint: Checkpoint, engine: Engine) -> None:
-    """Put engine state and this rank's random state back. Raises BigtrainError at another number of ranks."""
-    saved = checkpoint.manifest["world_size"]
-    if saved != engine.world_size:
-        raise BigtrainError(
-            f"{checkpoint.path}: saved by {saved} ranks, this run has {engine.world_size};"
-            f" continue with launch.ranks={saved}"
-        )
+    """Put engine state and this rank's random state back, whatever the number of ranks and the ZeRO stage were.
+
+    Raises BigtrainError where the engine's state cannot be cut anew.
+    """
+    if reshard.needed(checkpoint, engine):
+        reshard.load(checkpoint, engine)
+        return
     engine.load(checkpoint.path)
     state = torch.load(checkpoint.path / _random_name(engine.rank), weights_only=True)
     torch.set_rng_state(state["cpu"])

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from bigtrain.batch import Batch
 from bigtrain.data.examples import Examples
 from bigtrain.data.sampler import permute, sample_windows
+from bigtrain.errors import BigtrainError
 
 GROUPED = 50  # global batches that are sorted by length together
 MULTIPLE = 8  # lengths are padded to a multiple of it: matrix units like that
@@ -36,12 +37,15 @@ class Share:
     global_batch: int  # examples (or sequences) of an optimizer step, over all ranks
     micro_batch: int  # of one forward on one rank
     seed: int
+    shift: int = 0  # a step's sequences begin at step * global_batch + shift: the global batch was once another
 
 
 class ExampleTrainLoader:
     """This rank's part of every training step. `batches` is a pure function of the step, for any thread."""
 
     def __init__(self, examples: Examples, collate: Collate, share: Share) -> None:
+        if share.shift:  # what is left of a span is no whole number of other batches
+            raise BigtrainError("labelled examples cannot go on with another train.global_batch than they began with")
         self._examples, self._collate, self._share = examples, collate, share
         self._lengths = examples.lengths()
         self._span = lru_cache(maxsize=2)(self._span_order)  # two: the loader reads one step ahead

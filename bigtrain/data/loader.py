@@ -56,18 +56,20 @@ class TrainLoader:
         rank: int,
         world_size: int,
         isolate_documents: bool = False,
+        shift: int = 0,
     ) -> None:
         if global_batch % (micro_batch * world_size):
             raise ValueError(f"global batch {global_batch} is not a multiple of {world_size} ranks x {micro_batch}")
         self._windows = _Windows(prepared, "train", seq_len, isolate_documents)
         self.n_windows = (len(self._windows.tokens) - 1) // seq_len
         self._global_batch, self._micro_batch, self._seed = global_batch, micro_batch, seed
+        self._shift = shift
         share = global_batch // world_size
         self._mine = slice(rank * share, (rank + 1) * share)
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of optimizer step `step` (from 0): dicts of int64 CPU tensors (micro_batch, T)."""
-        windows = sample_windows(self._seed, step, self._global_batch, self.n_windows)[self._mine]
+        windows = sample_windows(self._seed, step, self._global_batch, self.n_windows, self._shift)[self._mine]
         return [self._windows.batch(part) for part in windows.reshape(-1, self._micro_batch)]
 
 

@@ -114,7 +114,7 @@ class MaskedTrainLoader:
 
     def batches(self, step: int) -> list[Batch]:
         share = self._share
-        windows = sample_windows(share.seed, step, share.global_batch, self._rows.n_windows)
+        windows = sample_windows(share.seed, step, share.global_batch, self._rows.n_windows, share.shift)
         mine = range(share.rank, share.global_batch, share.world_size)
         made = [self._rows.row(int(windows[i]), np.random.default_rng((share.seed, step, i))) for i in mine]
         return [

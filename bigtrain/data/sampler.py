@@ -16,14 +16,15 @@ ROUNDS = 6
 U64 = NDArray[np.uint64]
 
 
-def sample_windows(seed: int, step: int, global_batch: int, n_windows: int) -> NDArray[np.int64]:
+def sample_windows(seed: int, step: int, global_batch: int, n_windows: int, shift: int = 0) -> NDArray[np.int64]:
     """The windows of optimizer step `step` (from 0), in global order: int64 (global_batch,), each in [0, n_windows).
 
+    They are the numbers step * global_batch + shift and up of the one order that the seed names.
     Raises ValueError without a window to choose from.
     """
     if n_windows < 1:
         raise ValueError("the split holds no whole window")
-    position = np.arange(step * global_batch, (step + 1) * global_batch, dtype=np.uint64)
+    position = np.arange(step * global_batch + shift, (step + 1) * global_batch + shift, dtype=np.uint64)
     epoch, index = np.divmod(position, np.uint64(n_windows))
     return permute(index, n_windows, epoch + _mix(np.uint64(seed))).astype(np.int64)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bigtrain.batch import Batch, LossSums
 from bigtrain.config import AccelerateConfig, Config
-from bigtrain.engine import optimizers
+from bigtrain.engine import optimizers, shards
 from bigtrain.engine.base import LossFunction, StepOutcome, T, Write
 
 STATE = "engine"
@@ -28,6 +28,7 @@ class AccelerateEngine:
         self.device = device
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.grad_clip = config.train.grad_clip
+        self.precision = config.train.precision
         self.sharded = config.engine.parallel == "fsdp2" and self.world_size > 1
         plugin = None
         if self.sharded:
@@ -78,10 +79,12 @@ class AccelerateEngine:
     def save(self, directory: Path, later: bool) -> list[Write]:
         """Accelerate writes at once, whatever `later` says."""
         self.accelerator.save_state(str(directory / STATE), safe_serialization=True)
+        shards.write_layout(self, directory / STATE)
         return []
 
     def load(self, directory: Path) -> None:
-        self.accelerator.load_state(str(directory / STATE))
+        with optimizers.hyperparameters_kept(self.optimizer):
+            self.accelerator.load_state(str(directory / STATE))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, parameter in self.model.named_parameters():

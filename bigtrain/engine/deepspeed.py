@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bigtrain.batch import Batch, LossSums
 from bigtrain.config import Config, DeepSpeedConfig, MuonConfig, accumulation_steps, micro_batch
-from bigtrain.engine import optimizers
+from bigtrain.engine import optimizers, shards
 from bigtrain.engine.base import LossFunction, StepOutcome, T, Write
 from bigtrain.engine.snapshot import snapshot
 
@@ -194,10 +194,12 @@ class DeepSpeedEngine:
             writer.save = write
         if problems:
             raise problems[0]
+        shards.write_layout(self, directory / STATE)
         return writes
 
     def load(self, directory: Path) -> None:
-        self.engine.load_checkpoint(str(directory), tag=STATE)
+        with optimizers.hyperparameters_kept(self.optimizer):
+            self.engine.load_checkpoint(str(directory), tag=STATE)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         import deepspeed
@@ -228,9 +230,5 @@ class DeepSpeedEngine:
 
     def _restrict_unpickling(self) -> None:
         """DeepSpeed reads its checkpoints with weights_only=False: a payload in one would run. Allow its types only."""
-        from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-        from deepspeed.runtime.zero.config import ZeroStageEnum
-        from deepspeed.utils.tensor_fragment import fragment_address
-
-        torch.serialization.add_safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address])
+        torch.serialization.add_safe_globals(shards.saved_types())
         os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"

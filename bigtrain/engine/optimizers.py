@@ -5,8 +5,10 @@ The trainer sets lr = peak * multiplier before each step, so groups keep their p
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -128,3 +130,15 @@ def remember_peak_lr(optimizer: torch.optim.Optimizer) -> None:
 def set_lr(optimizer: torch.optim.Optimizer, multiplier: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * multiplier
+
+
+@contextlib.contextmanager
+def hyperparameters_kept(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Loading an optimizer's state brings back the hyperparameters it was saved with: the config's are to hold."""
+    ours = [
+        {key: value for key, value in group.items() if key not in ("params", "step")}
+        for group in optimizer.param_groups
+    ]
+    yield
+    for group, values in zip(optimizer.param_groups, ours, strict=True):
+        group.update(values)

@@ -13,23 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain import config as schema
-from bigtrain.checkpoint.find import checkpoints, resolve_resume
+from bigtrain.checkpoint.find import Checkpoint, checkpoints, resolve_resume
 from bigtrain.config import Config
 from bigtrain.errors import BigtrainError, ConfigError
 
 LOCK = ".lock"
 LEAST_FREE_BYTES = 16 * 2**20  # configs, logs and metrics of any run; checkpoints come on top
-
-# What may differ when a run goes on: where and how it is executed and watched, and how long it lasts. The schedule's
-# warm-up may follow train.steps, as it does in the default recipe.
-_FREE = (
-    "run_dir", "resume", "launch", "logger", "schedule.warmup_steps",
-    "data.prepared_dir", "data.cache_dir", "data.workers",
-    "train.steps", "train.micro_batch", "train.activation_checkpointing", "train.compile", "train.eval_every",
-    "train.eval_batches", "train.save_every", "train.objective",
-    "train.async_save", "train.keep_checkpoints", "train.keep_every", "train.keep_best",
-)  # fmt: skip
-_SHOWN_DIFFERENCES = 3
 
 
 # ------------------------------------------------------------------------------------------------ ownership
@@ -117,54 +106,24 @@ def previous(path: Path) -> Config | None:
         ) from None
 
 
-def check_same_run(before: Config, now: Config) -> None:
-    """Raises ConfigError if `now` would train something else than what the directory was made with."""
-    old, new = _flat(schema.to_dict(before)), _flat(schema.to_dict(now))
-    if now.model.vocab_size is None:  # follows the tokenizer, which is not made yet
-        new["model.vocab_size"] = old.get("model.vocab_size")
-    if before.data.prepared_dir and now.data.prepared_dir:  # named by a fingerprint of content and tokenizer
-        old["data (fingerprint)"], new["data (fingerprint)"] = (
-            Path(config.data.prepared_dir or "").name for config in (before, now)
-        )
-    different = [
-        key for key in dict.fromkeys([*old, *new])
-        if old.get(key) != new.get(key) and not any(key == free or key.startswith(f"{free}.") for free in _FREE)
-    ]  # fmt: skip
-    if different:
-        shown = ", ".join(f"{key} is {old.get(key)} there, {new.get(key)} here" for key in different)
-        if len(different) > _SHOWN_DIFFERENCES:
-            listed = different[:_SHOWN_DIFFERENCES]
-            shown = ", ".join(f"{key} is {old.get(key)} there, {new.get(key)} here" for key in listed)
-            shown += f", and {len(different) - _SHOWN_DIFFERENCES} more"
-        raise ConfigError("run_dir", now.run_dir, f"holds another run ({shown})", "name another run_dir")
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def has_checkpoint(path: Path) -> bool:
     return bool(checkpoints(path))
 
 
-def check_resume(path: Path, config: Config, before: Config | None) -> None:
-    """Raises ConfigError where `resume` or `init_from` asks for what is not there, or refuses what is."""
+def check_resume(path: Path, config: Config, before: Config | None) -> Checkpoint | None:
+    """The checkpoint to go on from. Raises ConfigError where `resume` or `init_from` asks for what is not there, or
+    refuses what is."""
     if config.resume == "never" and before is not None:
         raise ConfigError(
             "resume", "never", f"{path} already holds a run", "name another run_dir, or resume=auto to continue it"
         )
-    resolve_resume(path, config.resume)
+    found = resolve_resume(path, config.resume)
     if config.init_from is not None and not (Path(config.init_from) / "config.json").is_file():  # Hugging Face's
         try:
             resolve_resume(path, config.init_from)
         except ConfigError as error:
             raise ConfigError("init_from", config.init_from, error.problem, error.way_out) from None
+    return found
 
 
 # --------------------------------------------------------------------------------------------------- files

@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from bigtrain import checks, hardware
 from bigtrain import config as schema
+from bigtrain.checkpoint import changes
+from bigtrain.checkpoint.changes import Change
+from bigtrain.checkpoint.find import Checkpoint
 from bigtrain.config import LABELLED_TASKS, Config, DeepSpeedConfig
 from bigtrain.errors import BigtrainError, ConfigError, unknown_key
 from bigtrain.hardware import Placement
@@ -63,20 +66,31 @@ def train(config: Config, say: Callable[[str], None], continue_command: Callable
     path = Path(config.run_dir)
     with run_dir.claim(path):
         before = run_dir.previous(path)
-        run_dir.check_resume(path, config, before)
-        if before is not None:
-            run_dir.check_same_run(before, config)
-            if (result := _finished(path, config)) is not None:
-                say(
-                    f"{path} is finished at step {result.get('train/steps')}; "
-                    f"to go on: train.steps=N above that; to write with it: bigtrain generate {path}"
-                )
-                return objective(result, config.train.objective)
+        found = run_dir.check_resume(path, config, before)
+        _check_changes(config, before, found)
+        if before is not None and (result := _finished(path, config)) is not None:
+            say(
+                f"{path} is finished at step {result.get('train/steps')}; "
+                f"to go on: train.steps=N above that; to write with it: bigtrain generate {path}"
+            )
+            return objective(result, config.train.objective)
         config = prepare_data(config)
-        if before is not None:
-            run_dir.check_same_run(before, config)
+        listed = _check_changes(config, before, found)
+        if found is not None:
+            changes.check_tokenizer(found.path.parents[1], config.data.prepared_dir)
+            if block := changes.listing(listed, found, placement.ranks):
+                say(block)
         ops.prepare(config, placement.device)
         return _run(config, placement, say, continue_command)
+
+
+def _check_changes(config: Config, before: Config | None, found: Checkpoint | None) -> list[Change]:
+    """What is different from the checkpoint to go on from, or where there is none from the run in the directory."""
+    saved = (changes.config_of(found) if found is not None else None) or before
+    if saved is None:
+        return []
+    own = found is None or Path(config.run_dir) in found.path.parents
+    return changes.check(saved, config, None if own else config.resume)
 
 
 def _run(

@@ -37,7 +37,7 @@ class CausalLM:
     def train_loader(self, share: Share) -> TrainLoader:
         return TrainLoader(
             self.data, self.length, share.global_batch, share.micro_batch, share.seed, share.rank, share.world_size,
-            isolate_documents=self.isolate_documents,
+            isolate_documents=self.isolate_documents, shift=share.shift,
         )  # fmt: skip
 
     def held_out(self, share: Share, max_batches: int | None = None) -> Iterable[Batch]:

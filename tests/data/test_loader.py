@@ -95,6 +95,19 @@ def test_global_order_is_the_same_at_any_world_size(prepared: Prepared, world_si
         assert torch.equal(torch.cat(parts), reference)
 
 
+def test_every_sample_is_seen_once_from_two_ranks_to_one_to_four(prepared: Prepared) -> None:
+    """Through changes of ranks, micro-batch and then of the global batch too: the windows of one uninterrupted run."""
+    seen: list[bytes] = []
+    phases = [(range(2), 2, 8, 0), (range(2, 4), 1, 8, 0), (range(4, 6), 4, 8, 0), (range(6, 8), 2, 4, 48 - 6 * 4)]
+    for steps, world_size, batch, shift in phases:
+        for step in steps:
+            for rank in range(world_size):
+                loader = TrainLoader(prepared, T, batch, 1, 1, rank, world_size, shift=shift)
+                seen += [part["tokens"].numpy().tobytes() for part in loader.batches(step)]
+    whole = TrainLoader(prepared, T, 8, 1, 1, 0, 1)
+    assert seen == [part["tokens"].numpy().tobytes() for step in range(7) for part in whole.batches(step)]
+
+
 def test_a_step_is_the_same_whatever_was_read_before(prepared: Prepared) -> None:
     loader = TrainLoader(prepared, T, 4, 2, 0, 0, 1)
     for step in (0, 1, 2, 9, 10, 3, 3):

@@ -24,6 +24,14 @@ def test_a_step_is_the_same_from_wherever_it_is_reached() -> None:
         assert sample_windows(3, step, 8, 97).tolist() == whole[step * 8 : (step + 1) * 8].tolist()
 
 
+def test_another_global_batch_goes_on_where_the_data_stand() -> None:
+    """80 sequences in 10 steps of 8, then 4 steps of 20, then of 5: each once, in the one order."""
+    parts = [sample_windows(3, step, 8, 1000) for step in range(10)]
+    parts += [sample_windows(3, step, 20, 1000, shift=80 - 10 * 20) for step in range(10, 14)]
+    parts += [sample_windows(3, step, 5, 1000, shift=160 - 14 * 5) for step in range(14, 20)]
+    assert np.concatenate(parts).tolist() == sample_windows(3, 0, 190, 1000).tolist()
+
+
 def test_seeds_differ_and_repeat() -> None:
     orders = {seed: sample_windows(seed, 0, 1000, 1000).tolist() for seed in range(20)}
     assert len({tuple(order) for order in orders.values()}) == 20
