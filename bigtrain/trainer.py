@@ -21,6 +21,7 @@ from bigtrain.config import Config
 from bigtrain.data.example_loader import Share
 from bigtrain.engine.base import Engine, StepOutcome
 from bigtrain.engine.host import HostGroup
+from bigtrain.engine.unpickling import refusals
 from bigtrain.errors import BigtrainError
 from bigtrain.hooks import Hooks, RunInfo
 from bigtrain.schedule import lr_multiplier
@@ -61,7 +62,8 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` was saved."""
-        checkpoint_store.load(checkpoint, self.engine)
+        with refusals(checkpoint.path):
+            checkpoint_store.load(checkpoint, self.engine)
         self.step = self.saved_step = checkpoint.step
         self.tokens = checkpoint.manifest["tokens"]
         self.train_seconds = checkpoint.manifest["train_seconds"]
@@ -202,7 +204,13 @@ class Trainer:
             "hooks": states,
         }
         path = checkpoint_store.save(
-            self.run_dir, self.step, self.engine, self.host, state, self.config.train.keep_checkpoints
+            self.run_dir,
+            self.step,
+            self.engine,
+            self.host,
+            state,
+            self.config.train.keep_checkpoints,
+            encrypted=self.config.train.encryption,
         )
         self.saved_step = self.step
         self.hooks.on_checkpoint(self.step, path)

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from bigtrain import __version__
+from bigtrain.checkpoint import encryption
 from bigtrain.checkpoint.find import FOLDER, MANIFEST, Checkpoint, checkpoints
 from bigtrain.checkpoint.weights import write_weights
+from bigtrain.config import EncryptionConfig
 from bigtrain.engine.base import Engine
 from bigtrain.engine.host import HostGroup
 from bigtrain.errors import BigtrainError
@@ -25,7 +27,15 @@ from bigtrain.files import fsync
 from bigtrain.models.lora import merged
 
 
-def save(run_dir: Path, step: int, engine: Engine, host: HostGroup, state: dict[str, Any], keep: int) -> Path:
+def save(
+    run_dir: Path,
+    step: int,
+    engine: Engine,
+    host: HostGroup,
+    state: dict[str, Any],
+    keep: int,
+    encrypted: EncryptionConfig | None = None,
+) -> Path:
     """Save on all ranks together and keep the newest `keep`. `state` (JSON-able, rank 0's) goes into the manifest.
 
     Raises BigtrainError on every rank if any could not write its part; what was there before stays.
@@ -42,7 +52,8 @@ def save(run_dir: Path, step: int, engine: Engine, host: HostGroup, state: dict[
     problems = [(rank, text) for rank, text in enumerate(host.gather(problem)) if text]
     if not problems and host.rank == 0:
         manifest = {"format": 1, "step": step, "world_size": host.world_size, "bigtrain": __version__} | state
-        problem = _attempt(lambda: _publish(staging, final, manifest))
+        problem = _attempt(lambda: _encrypt(staging, encrypted))  # after the last file, before they are described
+        problem = problem or _attempt(lambda: _publish(staging, final, manifest))
     problems = problems or [(0, text) for text in [host.broadcast(problem)] if text]
     if problems:
         if host.rank == 0:
@@ -63,8 +74,9 @@ def load(checkpoint: Checkpoint, engine: Engine) -> None:
             f"{checkpoint.path}: saved by {saved} ranks, this run has {engine.world_size};"
             f" continue with launch.ranks={saved}"
         )
-    engine.load(checkpoint.path)
-    state = torch.load(checkpoint.path / f"random-{engine.rank:05d}.pt", weights_only=True)
+    with encryption.readable(checkpoint.path) as path:
+        engine.load(path)
+        state = torch.load(path / f"random-{engine.rank:05d}.pt", weights_only=True)
     torch.set_rng_state(state["cpu"])
     if engine.device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], engine.device)
@@ -100,6 +112,11 @@ def _write_weights(staging: Path, engine: Engine, rank: int) -> str | None:
     for _ in stream:
         pass
     return problem
+
+
+def _encrypt(staging: Path, encrypted: EncryptionConfig | None) -> None:
+    if encrypted is not None and encryption.enabled(encrypted):
+        encryption.encrypt_directory(staging, encrypted)
 
 
 def _publish(staging: Path, final: Path, manifest: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ LEAST_FREE_BYTES = 16 * 2**20  # configs, logs and metrics of any run; checkpoin
 # What may differ when a run goes on: where and how it is executed and watched, and how long it lasts. The schedule's
 # warm-up may follow train.steps, as it does in the default recipe.
 _FREE = (
-    "run_dir", "resume", "launch", "logger", "schedule.warmup_steps",
+    "run_dir", "resume", "launch", "logger", "schedule.warmup_steps", "train.encryption",
     "data.prepared_dir", "data.cache_dir", "data.workers",
     "train.steps", "train.micro_batch", "train.activation_checkpointing", "train.compile", "train.eval_every",
     "train.eval_batches", "train.save_every", "train.keep_checkpoints", "train.objective",
@@ -58,6 +58,22 @@ def claim(path: Path) -> Iterator[None]:
     finally:
         if lock is not None:
             os.close(lock)  # releases the lock
+
+
+@contextlib.contextmanager
+def only_for_owner(path: Path, private: bool) -> Iterator[None]:
+    """With `private`, what this process and its ranks write meanwhile, and `path` itself, is for its owner alone."""
+    if not private:
+        yield
+        return
+    before = os.umask(0o077)
+    try:
+        if path.is_dir():  # of an earlier session that was not private
+            with readable_errors(path):
+                path.chmod(0o700)
+        yield
+    finally:
+        os.umask(before)
 
 
 def _lock(lock: int, path: Path) -> None:
@@ -118,7 +134,7 @@ def previous(path: Path) -> Config | None:
 
 def check_same_run(before: Config, now: Config) -> None:
     """Raises ConfigError if `now` would train something else than what the directory was made with."""
-    old, new = _flat(schema.to_dict(before)), _flat(schema.to_dict(now))
+    old, new = _flat(schema.public(before)), _flat(schema.public(now))  # as config.yaml has them
     if now.model.vocab_size is None:  # follows the tokenizer, which is not made yet
         new["model.vocab_size"] = old.get("model.vocab_size")
     if before.data.prepared_dir and now.data.prepared_dir:  # named by a fingerprint of content and tokenizer
