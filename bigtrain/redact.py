@@ -8,9 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MASK = "***"
-HELD_BACK = (
-    "BIGTRAIN_HELD_BACK"  # the variable that takes a config's secrets to the ranks: only their owner can read it
-)
+HELD_BACK = "BIGTRAIN_HELD_BACK"  # the variable that takes a config's secrets to the ranks, for their owner alone
 
 # "token" is a secret, "tokens", "tokenizer" and "batch_tokens" are not: whole words only, at the end of the name.
 _NAME = (

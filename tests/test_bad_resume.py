@@ -24,7 +24,7 @@ ON = ["resume=required", "train.steps=4"]  # go on with the run, which is at ste
 
 @dataclass
 class Row:
-    """How to spoil the run, what to type (`RUN`, `DIR` stand for the run and the folder around it), what must be said."""
+    """How to spoil the run, what to type (RUN and DIR stand for the run and the folder around it), what is said."""
 
     name: str
     spoil: Callable[[Path], object]
@@ -129,7 +129,7 @@ ROWS = [
     Row("manifest is a list", manifest(lambda data: [data]), ["checkpoint"]),
     Row("manifest without files", manifest(lambda data: data.pop("files") and None), ["checkpoint"]),
     Row("manifest with a step in words", manifest(lambda data: data.update(step="many")), ["checkpoint"]),
-    Row("manifest in another encoding", lambda run: (step(run) / "manifest.json").write_bytes(b"\xff\xfe{"), ["checkpoint"]),
+    Row("manifest in another encoding", write("checkpoints/step-00000002/manifest.json", b"\xff\xfe{"), ["checkpoint"]),
     Row("no checkpoint in the folder", lambda run: shutil.rmtree(step(run)), ["checkpoint"]),
     Row("no folder", lambda run: shutil.rmtree(run / "checkpoints"), ["checkpoint"]),
     Row("the folder is a file", replaced_by_file, ["checkpoint"]),
@@ -141,7 +141,8 @@ ROWS = [
     Row("resume from nowhere", nothing, ["resume=", "elsewhere"], ["train", "train.steps=4", "resume=DIR/elsewhere"]),
     Row("resume from an empty directory", lambda run: (run.parent / "empty").mkdir(), ["resume=", "empty"],
         ["train", "train.steps=4", "resume=DIR/empty"]),
-    Row("resume from something else", foreign, ["resume=", "foreign"], ["train", "train.steps=4", "resume=DIR/foreign"]),
+    Row("resume from something else", foreign, ["resume=", "foreign"],
+        ["train", "train.steps=4", "resume=DIR/foreign"]),
     Row("a run that must not go on", nothing, ["resume='never'", "already holds a run"], ["train", "resume=never"]),
     # another run's config
     Row("other width", nothing, ["model.dim"], ["train", *ON, "model.dim=32"]),
@@ -171,11 +172,12 @@ ROWS = [
     Row("weights of a damaged run", truncated("model.safetensors"), ["init_from", "checkpoint"],
         ["train", "init_from=RUN", "run_dir=DIR/new"]),
     Row("the model of no run", foreign, ["model", "foreign"],
-        ["train", "~model", "+model={kind: pretrained, path: DIR/foreign}", "run_dir=DIR/new"]),
+        ["train", "model=pretrained", "model.path=DIR/foreign", "run_dir=DIR/new"]),
     # keys
     Row("no key file", nothing, ["train.encryption.key_file", "No such file", "openssl rand"],
         ["train", *ON, "train.encryption.key_file=DIR/key"]),
-    Row("no key variable", nothing, ["train.encryption.key_env='NO_KEY'"], ["train", *ON, "train.encryption.key_env=NO_KEY"]),
+    Row("no key variable", nothing, ["train.encryption.key_env='NO_KEY'"],
+        ["train", *ON, "train.encryption.key_env=NO_KEY"]),
     Row("two keys", write("key", b"0" * 64), ["train.encryption.key_env", "a key_file is named too"],
         ["train", *ON, "train.encryption.key_env=A", "train.encryption.key_file=RUN/key"]),
     # commands on a spoiled run
@@ -183,7 +185,8 @@ ROWS = [
     Row("generate from scrambled weights", scrambled_weights, ["model.safetensors"], GENERATE),
     Row("generate with another model's config", other_heads, ["parameter", "in this model"], GENERATE),
     Row("generate without a tokenizer", no_tokens, ["tokenizer"], GENERATE),
-    Row("generate from no run", lambda run: shutil.rmtree(run) or run.mkdir(), ["config.yaml", "no such file"], GENERATE),
+    Row("generate from no run", lambda run: shutil.rmtree(run) or run.mkdir(), ["config.yaml", "no such file"],
+        GENERATE),
     Row("generate without the key", encrypted_note, ["train.encryption.key_file", "cannot be read"], GENERATE),
     Row("generate with everybody's key", key_for_all, ["train.encryption.key_file", "others may read it"], GENERATE),
     Row("evaluate scrambled weights", scrambled_weights, ["model.safetensors"], ["evaluate", "RUN", "--device", "cpu"]),
@@ -193,7 +196,8 @@ ROWS = [
     Row("export encrypted without a key", nothing, ["train.encryption.key_file", "no key is named"],
         ["export", "RUN", "--encrypt", "--out", "DIR/out"]),
     Row("decrypt what is not encrypted", nothing, ["is not encrypted"], ["decrypt", "RUN", "--out", "DIR/out"]),
-    Row("report without metrics", lambda run: (run / "metrics.jsonl").unlink(), ["RUN=", "no metrics"], ["report", "RUN"]),
+    Row("report without metrics", lambda run: (run / "metrics.jsonl").unlink(), ["RUN=", "no metrics"],
+        ["report", "RUN"]),
 ]  # fmt: skip
 
 
@@ -201,8 +205,10 @@ def arguments(row: Row, folder: Path, cache: Path) -> list[str]:
     typed = [word.replace("RUN", str(folder / "run")).replace("DIR", str(folder)) for word in row.type]
     if typed[0] != "train":
         return typed
-    shared = [*TINY, f"data.cache_dir={cache}", "launch.ranks=1", "train.eval_every=0", "logger=quiet"]
-    return ["train", *shared, f"run_dir={folder}/run", *typed[1:]]
+    tiny = [] if "model=pretrained" in typed else TINY
+    shared = [*tiny, f"data.cache_dir={cache}", "launch.ranks=1", "train.eval_every=0", "logger=quiet"]
+    here = [] if any(word.startswith("run_dir=") for word in typed) else [f"run_dir={folder}/run"]
+    return ["train", *shared, *here, *typed[1:]]
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])

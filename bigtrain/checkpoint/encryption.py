@@ -73,9 +73,7 @@ def read_key(settings: EncryptionConfig) -> bytes:
 def check(settings: EncryptionConfig) -> None:
     """Before a run: is the key there and the library? Nothing happens where no key is named. Raises ConfigError."""
     if settings.key_file is not None and settings.key_env is not None:
-        raise ConfigError(
-            "train.encryption.key_env", settings.key_env, "train.encryption.key_file is set too", "drop one"
-        )
+        raise ConfigError("train.encryption.key_env", settings.key_env, "a key_file is named too", "drop one")
     if enabled(settings):
         _aes(read_key(settings))
 

@@ -175,7 +175,11 @@ def check_resume(path: Path, config: Config, before: Config | None) -> None:
             "resume", "never", f"{path} already holds a run", "name another run_dir, or resume=auto to continue it"
         )
     resolve_resume(path, config.resume)
-    if config.init_from is not None and not (Path(config.init_from) / "config.json").is_file():  # Hugging Face's
+    if config.init_from is not None and (Path(config.init_from) / "config.json").is_file():
+        from bigtrain.models import huggingface  # imports torch: only when it is asked for
+
+        huggingface.read_config(Path(config.init_from))
+    elif config.init_from is not None:
         try:
             resolve_resume(path, config.init_from)
         except ConfigError as error:

@@ -17,8 +17,9 @@ from bigtrain.launch import dryrun, local
 from tests.runs import TINY, command
 
 HOSTILE = [
-    "$(touch PWNED)", "`touch PWNED`", "; touch PWNED;", "a' ; touch PWNED ; '", 'a" ; touch PWNED ; "', "&& touch PWNED",
-    "| touch PWNED", "a\ntouch PWNED\n", "${IFS}$(touch${IFS}PWNED)", "-rf", "%s%n", "> PWNED", "\\$(touch PWNED)", "é ü",
+    "$(touch PWNED)", "`touch PWNED`", "; touch PWNED;", "a' ; touch PWNED ; '", 'a" ; touch PWNED ; "',
+    "&& touch PWNED", "| touch PWNED", "a\ntouch PWNED\n", "${IFS}$(touch${IFS}PWNED)",
+    "-rf", "%s%n", "> PWNED", "\\$(touch PWNED)", "é ü",
 ]  # fmt: skip
 
 
