@@ -31,7 +31,7 @@ PLANTED = [
     f"logger.wandb.tags=['api_key={secret(4)}']",  # a list's item
     f"logger.wandb.project=https://user:{secret(5)}@host",
     f"engine.deepspeed.comet.api_key={secret(6)}",  # passed through
-    f"train.freeze=['password={secret(7)}','{secret(8)}']",  # the second is the value of a variable
+    f"train.lora.targets=['password={secret(7)}','{secret(8)}']",  # the second is the value of a variable
     f"launch.env.NOTE='{secret(0)} again'",  # a value of a secret variable under another name
 ]
 VARIABLES = {"CLOUD_SECRET": secret(8), "HF_TOKEN": secret(9), "WANDB_API_KEY": f"{'0' * 32}{secret(10)}"}
