@@ -23,8 +23,10 @@ from typing import TYPE_CHECKING
 import click
 
 from bigtrain import __version__
-from bigtrain.errors import BigtrainError
+from bigtrain.config import EncryptionConfig
+from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.launch import Stopped
+from bigtrain.redact import redact
 
 if TYPE_CHECKING:
     from bigtrain.compose import Job
@@ -63,13 +65,13 @@ def _run(arguments: list[str]) -> int:
 def _fail(message: str, status: int) -> int:
     if os.environ.get("BIGTRAIN_TRACEBACK") == "1":
         traceback.print_exc()
-    click.echo(f"bigtrain: error: {' '.join(message.split())}", err=True)
+    click.echo(f"bigtrain: error: {redact(' '.join(message.split()))}", err=True)
     return status
 
 
 def _write_traceback() -> str:
     with tempfile.NamedTemporaryFile("w", prefix="bigtrain-", suffix=".log", delete=False) as file:
-        traceback.print_exc(file=file)
+        file.write(redact(traceback.format_exc()))
     return file.name
 
 
@@ -128,7 +130,7 @@ def train(arguments: tuple[str, ...]) -> int:
     def run(job: Job) -> float:
         def continue_command(run_dir: str) -> str:
             kept = [override for override in job.overrides if not override.startswith(("run_dir=", "resume="))]
-            return shlex.join(["bigtrain", "train", *kept, f"run_dir={run_dir}", *job.flags])
+            return shlex.join(["bigtrain", "train", *redact(kept), f"run_dir={run_dir}", *job.flags])
 
         return launch.train(launch.checked(job.data), click.echo, continue_command)
 
@@ -167,7 +169,7 @@ def _compose(arguments: tuple[str, ...], run: Callable[[Job], float]) -> int:
     def job(job: Job) -> float:
         if job.number is None:
             return run(job)
-        click.echo(f"job {job.number}: {' '.join(job.overrides)}")
+        click.echo(f"job {job.number}: {redact(' '.join(job.overrides))}")
         try:
             outcomes.append(Outcome(job, run(job), None))
         except (Stopped, KeyboardInterrupt):
@@ -194,7 +196,7 @@ def _summarise(outcomes: list[Outcome]) -> None:
         click.echo(f"sweep: {good} of {len(outcomes)} jobs finished")
     for outcome in outcomes:
         result = outcome.problem or f"{outcome.objective:.6g}"
-        click.echo(f"  {outcome.job.number}  {' '.join(outcome.job.overrides)}  {result}")
+        click.echo(f"  {outcome.job.number}  {redact(' '.join(outcome.job.overrides))}  {redact(result)}")
 
 
 # --------------------------------------------------------------------------------- commands that act on a run
@@ -271,11 +273,33 @@ def evaluate(
 @click.argument("run", type=RUN)
 @click.option("--format", "format", default="huggingface", show_default=True, type=click.Choice(["huggingface"]))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to make; new or empty.")
-def export(run: Path, format: str, out: Path) -> None:
+@click.option("--encrypt", is_flag=True, help="Encrypt the weights, by default with the key of RUN's checkpoints.")
+@click.option("--key-file", help="With --encrypt: a file that holds the key.")
+@click.option("--key-env", help="With --encrypt: the environment variable that holds the key.")
+def export(run: Path, format: str, out: Path, encrypt: bool, key_file: str | None, key_env: str | None) -> None:
     """Write the model of RUN as a directory that transformers loads: weights, config, tokenizer, model card."""
+    if (key_file or key_env) and not encrypt:
+        raise click.UsageError("--key-file and --key-env need --encrypt")
     from bigtrain.export import export as write
 
-    click.echo(write(run, out))
+    click.echo(write(run, out, encrypt, EncryptionConfig(key_file, key_env)))
+
+
+@command.command()
+@click.argument("directory", type=RUN)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to make; new or empty.")
+def decrypt(directory: Path, out: Path) -> None:
+    """Write the files of an encrypted checkpoint or export in the clear, readable for you alone."""
+    from bigtrain.checkpoint import encryption
+
+    if not encryption.is_encrypted(directory):
+        raise ConfigError("DIRECTORY", str(directory), "is not encrypted")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError("out", str(out), "exists already", "name a directory that is new or empty")
+    out.mkdir(mode=0o700, parents=True, exist_ok=True)
+    os.umask(0o077)
+    encryption.decrypt_into(directory, out)
+    click.echo(out)
 
 
 @command.group(name="checkpoint")

@@ -18,6 +18,7 @@ from typing import Any, NoReturn, get_type_hints
 
 from bigtrain.config import GROUPS, Config, kinds, union_members
 from bigtrain.errors import BigtrainError, ConfigError, nearest
+from bigtrain.redact import redact
 
 _VALUE_FLAGS = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
                 "--experimental-rerun"}  # fmt: skip
@@ -91,7 +92,7 @@ def run(arguments: list[str], job: Callable[[Job], float]) -> None:
     task.__module__ = __name__
     main = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)
     try:
-        with _command_line(["bigtrain", *prepared, *flags]), _full_errors():
+        with _command_line(["bigtrain", *prepared, *flags]), _full_errors(), _no_secrets_in_files():
             main()
     except OverrideParseException as error:
         raise UsageError(f"{_shown(error.override)}: cannot be read ({_first_lines(error)}); quote it?") from error
@@ -103,6 +104,24 @@ def run(arguments: list[str], job: Callable[[Job], float]) -> None:
         raise BigtrainError(f"{error.filename or 'config'}: {error.strerror or error}") from error
     if raised:
         raise raised[0]
+
+
+@contextlib.contextmanager
+def _no_secrets_in_files() -> Iterator[None]:
+    """A sweeper writes multirun.yaml, with all overrides as they were typed."""
+    from omegaconf import OmegaConf
+
+    save = OmegaConf.save
+
+    def redacted(config: Any, *arguments: Any, **keywords: Any) -> None:
+        plain = OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config
+        save(OmegaConf.create(redact(plain)), *arguments, **keywords)
+
+    OmegaConf.save = redacted  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        OmegaConf.save = staticmethod(save)  # type: ignore[assignment, method-assign]
 
 
 # ------------------------------------------------------------------------------------------------ arguments

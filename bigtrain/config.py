@@ -20,6 +20,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from bigtrain.errors import ConfigError, unknown_key
+from bigtrain.redact import differences, redact
 
 T = TypeVar("T")
 
@@ -392,6 +393,14 @@ class LoRAConfig:
 
 
 @dataclass
+class EncryptionConfig:
+    """Checkpoints that only the holder of a 256-bit key can read (AES-256-GCM); off while no key is named."""
+
+    key_file: str | None = None  # 64 hexadecimal digits, in a file that only its owner can read
+    key_env: str | None = None  # or the environment variable that holds them
+
+
+@dataclass
 class TrainConfig:
     steps: int = 1000
     seed: int = 0
@@ -412,6 +421,7 @@ class TrainConfig:
     keep_checkpoints: int = 2  # the newest; the one being written comes on top
     keep_every: int = 0  # steps: checkpoints at a multiple of it stay for good; 0: none
     keep_best: bool = False  # and the one with the lowest train.objective, which is then evaluated before each save
+    encryption: EncryptionConfig = field(default_factory=EncryptionConfig)  # of the checkpoints
     objective: str = "eval/loss"  # the number of result.json that a sweep minimises
 
 
@@ -433,6 +443,7 @@ class LaunchConfig:
     timeout_seconds: int = 1800  # of a collective
     stop_seconds: int = 300  # between asking the ranks to stop and killing them
     env: dict[str, str] = field(default_factory=dict)  # set in every rank
+    private: bool = False  # the run directory and all that is written: for its owner alone (0700, umask 077)
 
 
 @dataclass
@@ -583,8 +594,41 @@ def _type_name(hint: Any) -> str:
 
 
 def dump(config: Config) -> str:
-    """The config as YAML text: every field, in the order of the dataclasses, the same text for the same config."""
-    return yaml.safe_dump(to_dict(config), sort_keys=False, width=120, allow_unicode=True)
+    """The config as YAML text: every field, in the order of the dataclasses, the same text for the same config.
+
+    Secrets read `***` in it; `held_back` has them.
+    """
+    return yaml.safe_dump(public(config), sort_keys=False, width=120, allow_unicode=True)
+
+
+def public(config: Config) -> dict[str, Any]:
+    """The config as plain data without its secrets: what may be written anywhere."""
+    return _public(to_dict(config))
+
+
+def _public(data: dict[str, Any]) -> dict[str, Any]:
+    clean = redact(data, also=data["launch"]["env"])
+    if "columns" in data["data"]:
+        clean["data"]["columns"] = data["data"]["columns"]  # {token: word} names columns of a table, nothing secret
+    assert isinstance(clean, dict)
+    return clean
+
+
+def held_back(config: Config) -> list[Any]:
+    """The secrets that `dump` leaves out, [[path of keys, value] ...]: they go to the ranks another way."""
+    data = to_dict(config)
+    return differences(data, _public(data))
+
+
+def with_secrets(config: Config, secrets: list[Any]) -> Config:
+    """`config` as it was before `dump`, given what `held_back` gave then."""
+    data = to_dict(config)
+    for path, value in secrets:
+        place = data
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+    return from_dict(data)
 
 
 def load(path: str | Path) -> Config:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain import config as configuration
-from bigtrain.checkpoint import newest
+from bigtrain.checkpoint import encryption, newest
 from bigtrain.checkpoint.weights import iterate_weights, write_weights
-from bigtrain.config import ClassificationConfig, Config, MaskedLMConfig, TaggingConfig
+from bigtrain.config import ClassificationConfig, Config, EncryptionConfig, MaskedLMConfig, TaggingConfig
 from bigtrain.data.tokenizer import find_tokenizer, load_tokenizer, special_ids, vocabulary_size
 from bigtrain.errors import ConfigError
 from bigtrain.model_card import model_card
@@ -21,7 +21,7 @@ FORMATS = ("huggingface",)
 LABELS = "labels.json"  # of a run that learns labels: their names, in the order of the head's outputs
 
 
-def export(run: Path, out: Path) -> Path:
+def export(run: Path, out: Path, encrypt: bool = False, key: EncryptionConfig | None = None) -> Path:
     """Write the model of run directory `run` to `out` in the Hugging Face format and return `out`.
 
     `out` appears when it is whole. Raises ConfigError for what is no run, has no checkpoint or no labels, a model that
@@ -32,6 +32,9 @@ def export(run: Path, out: Path) -> Path:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ConfigError("out", str(out), "exists already", "name a directory that is new or empty")
     config = configuration.load(run / "config.yaml")
+    if encrypt:
+        key = key if key is not None and encryption.enabled(key) else config.train.encryption
+        encryption.read_key(key)
     checkpoint = newest(run)
     if checkpoint is None:
         raise ConfigError("RUN", str(run), "holds no complete checkpoint", "train until the first one is saved")
@@ -48,6 +51,9 @@ def export(run: Path, out: Path) -> Path:
     staging.mkdir(parents=True)
     try:
         write_weights(staging, tensors)
+        if encrypt:
+            assert key is not None
+            encryption.encrypt_directory(staging, key, only="*.safetensors*")
         write_json(staging / "config.json", settings)
         if task.kind == "causal_lm":
             write_json(staging / "generation_config.json", generation_config(config, tokenizer, tokens))

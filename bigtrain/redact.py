@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from typing import Any
 
 MASK = "***"
+HELD_BACK = "BIGTRAIN_HELD_BACK"  # the variable that takes a config's secrets to the ranks, for their owner alone
 
 # "token" is a secret, "tokens", "tokenizer" and "batch_tokens" are not: whole words only, at the end of the name.
 _NAME = (
     r"(?:token|secrets?|password|passwd|passphrase|credentials?|authorization"
-    r"|(?:api|access|private|secret)[_-]?key(?:[_-]?id)?)"
+    r"|(?:api|access|private|secret|encryption)[_-]?key(?:[_-]?id)?)"
 )
 _SECRET_NAME = re.compile(rf"(?:^|[^a-z]){_NAME}$", re.IGNORECASE)
 _ASSIGNMENT = re.compile(rf"(\b(?:[\w-]*[_-])?{_NAME}=)[^&\s'\",;]+", re.IGNORECASE)  # in a URL's query or a command
@@ -25,14 +27,28 @@ def is_secret_name(name: str) -> bool:
     return bool(_SECRET_NAME.search(re.sub(r"([a-z])([A-Z])", r"\1_\2", name)))
 
 
-def redact(data: Any) -> Any:
+def redact(data: Any, also: Mapping[str, str] | None = None) -> Any:
     """A copy of plain data (dicts, lists, scalars) in which secrets read `***`.
 
     Secret are: values under a secret's name, logins in URLs, `name=value` of such names, keys of well-known shapes,
-    and wherever it stands the value of an environment variable with such a name.
+    and wherever it stands the value of an environment variable with such a name. `also`: variables to be set.
     """
-    values = {value for name, value in os.environ.items() if is_secret_name(name) and len(value) >= _SHORTEST_VALUE}
+    variables = [*os.environ.items(), *(also or {}).items()]
+    values = {value for name, value in variables if is_secret_name(name) and len(value) >= _SHORTEST_VALUE}
     return _redact(data, sorted(values, key=len, reverse=True))
+
+
+def differences(data: Any, clean: Any, path: tuple[Any, ...] = ()) -> list[Any]:
+    """Where `data` and its redacted copy differ: [[path of keys, value] ...]."""
+    if isinstance(data, dict) and list(data) == list(clean):
+        parts = [differences(value, clean[key], (*path, key)) for key, value in data.items()]
+    elif isinstance(data, list) and isinstance(clean, list):
+        parts = [
+            differences(old, new, (*path, index)) for index, (old, new) in enumerate(zip(data, clean, strict=True))
+        ]
+    else:
+        return [] if data == clean else [[list(path), data]]
+    return [difference for part in parts for difference in part]
 
 
 def _redact(data: Any, values: list[str]) -> Any:

@@ -22,6 +22,7 @@ from bigtrain.config import Config
 from bigtrain.data.example_loader import Share
 from bigtrain.engine.base import Engine, StepOutcome
 from bigtrain.engine.host import HostGroup
+from bigtrain.engine.unpickling import refusals
 from bigtrain.errors import BigtrainError
 from bigtrain.hooks import Hooks, RunInfo
 from bigtrain.schedule import lr_multiplier
@@ -60,7 +61,9 @@ class Trainer:
         self.saved_step = -1
         train = config.train
         keep = Keep(train.keep_checkpoints, train.keep_every, train.keep_best)
-        self.saver = checkpoint_store.Saver(run_dir, engine, host, keep, later=train.async_save)
+        self.saver = checkpoint_store.Saver(
+            run_dir, engine, host, keep, later=train.async_save, encrypted=train.encryption
+        )
         self.save_stall_seconds, self.failed_saves = 0.0, 0  # of this session
         self.train_seconds = 0.0  # over all sessions of the run
         self.last_metrics: dict[str, float] = {}
@@ -68,7 +71,8 @@ class Trainer:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` was saved."""
-        checkpoint_store.load(checkpoint, self.engine)
+        with refusals(checkpoint.path):
+            checkpoint_store.load(checkpoint, self.engine)
         self.step = self.saved_step = checkpoint.step
         self.tokens = checkpoint.manifest["tokens"]
         batch = self.config.train.global_batch

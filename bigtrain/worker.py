@@ -26,6 +26,7 @@ from bigtrain import config as configuration
 from bigtrain.config import LABELLED_TASKS, Config
 from bigtrain.errors import BigtrainError
 from bigtrain.files import write_atomic
+from bigtrain.redact import HELD_BACK, redact
 
 LABELS = "labels.json"  # in the run directory: the names of the numbers that a classifier gives
 
@@ -44,6 +45,8 @@ def main() -> None:
         signal.signal(number, lambda *_: stop.set())
     try:
         config = read_config(arguments.config, arguments.sha256)
+        if config.launch.private:
+            os.umask(0o077)
         run(config, run_dir, terminal, stop, started)
     except BaseException as error:
         record_failure(run_dir, rank, error)
@@ -86,7 +89,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
         if config.init_from is not None:
             report = transfer.load_initial(model, config.init_from)
             if int(os.environ["RANK"]) == 0:
-                print(transfer.described(report, config.init_from), file=terminal)
+                print(redact(transfer.described(report, config.init_from)), file=terminal)
         if train.lora.rank:
             add_lora(model, train.lora)
         optimizers.freeze(model, train.freeze)
@@ -141,7 +144,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
         if task.labels:
             write_atomic(run_dir / LABELS, json.dumps(task.labels, ensure_ascii=False, indent=1))
         name = "ds_config.json" if config.engine.kind == "deepspeed" else "engine_config.json"
-        write_atomic(run_dir / name, json.dumps(built.effective_config(), indent=1, default=str))
+        write_atomic(run_dir / name, json.dumps(redact(built.effective_config()), indent=1, default=str))
     try:
         if resumed:
             trainer.restore(resumed)
@@ -172,7 +175,8 @@ def read_config(path: Path, sha256: str) -> Config:
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != sha256:
         raise BigtrainError(f"{path}: SHA-256 is {found[:12]}..., the run was started with {sha256[:12]}...")
-    return configuration.load(path)
+    secrets = json.loads(os.environ.pop(HELD_BACK, "[]"))
+    return configuration.with_secrets(configuration.load(path), secrets)
 
 
 def redirect_output(run_dir: Path, rank: int) -> TextIO:
@@ -210,7 +214,8 @@ def record_failure(run_dir: Path, rank: int, error: BaseException) -> None:
     text = str(error) if isinstance(error, BigtrainError) else f"{type(error).__name__}: {error}"
     failure = {"rank": rank, "time": time.time(), "error": " ".join(text.split()), "traceback": traceback.format_exc()}
     failure["expected"] = isinstance(error, BigtrainError)
-    traceback.print_exc()
+    failure = redact(failure)
+    sys.stderr.write(failure["traceback"])
     try:
         (run_dir / "failures").mkdir(exist_ok=True)
         write_atomic(run_dir / "failures" / f"rank-{rank}.json", json.dumps(failure, indent=1))

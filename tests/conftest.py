@@ -43,3 +43,14 @@ def pytest_runtest_makereport(
 def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One cache of prepared data for the whole session: the same corpus is tokenized once."""
     return tmp_path_factory.mktemp("data_cache")
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory, data_cache: Path) -> Path:
+    """A run of two steps on one rank, for tests that copy it and then spoil the copy."""
+    from tests.runs import TINY, bigtrain
+
+    run = tmp_path_factory.mktemp("trained") / "run"
+    bigtrain("train", *TINY, f"run_dir={run}", f"data.cache_dir={data_cache}", "train.steps=2", "launch.ranks=1",
+             "train.eval_every=0", "logger=quiet")  # fmt: skip
+    return run

@@ -21,7 +21,7 @@ from bigtrain.errors import NO_VALUE, ConfigError, nearest
 # it does in the default recipe.
 _FREE = (
     "run_dir", "resume", "resume_allow", "launch", "logger", "schedule.warmup_steps",
-    "data.prepared_dir", "data.cache_dir", "data.workers",
+    "train.encryption", "data.prepared_dir", "data.cache_dir", "data.workers",
     "train.steps", "train.micro_batch", "train.activation_checkpointing", "train.compile", "train.eval_every",
     "train.eval_batches", "train.save_every", "train.async_save", "train.keep_checkpoints", "train.keep_every",
     "train.keep_best", "train.objective",
@@ -60,7 +60,7 @@ class Change:
 
 def compare(before: Config, now: Config) -> list[Change]:
     """Every difference but those of no consequence, in the order of the fields."""
-    old, new = _flat(schema.to_dict(before)), _flat(schema.to_dict(now))
+    old, new = _flat(schema.public(before)), _flat(schema.public(now))  # as config.yaml has them
     if now.model.vocab_size is None:  # follows the tokenizer, which is not made yet
         new["model.vocab_size"] = old.get("model.vocab_size")
     if before.data.prepared_dir and now.data.prepared_dir:  # named by a fingerprint of content and tokenizer
@@ -134,8 +134,8 @@ def _sha256(file: Path) -> str | None:
 
 
 def recorded(config: Config) -> dict[str, Any]:
-    """What a checkpoint's manifest keeps of the config, to be compared with a later one. No environment: secrets."""
-    data = schema.to_dict(config)
+    """What a checkpoint's manifest keeps of the config, to be compared with a later one."""
+    data = schema.public(config)  # without secrets
     return {key: value for key, value in data.items() if key not in ("launch", "logger")}
 
 

@@ -15,7 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ import torch
 from torch import Tensor
 
 from bigtrain import __version__
-from bigtrain.checkpoint import find, integrity, reshard
+from bigtrain.checkpoint import encryption, find, integrity, reshard
 from bigtrain.checkpoint.find import FOLDER, HIDDEN, Checkpoint, Keep, checkpoints, hide_and_remove
 from bigtrain.checkpoint.weights import write_weights
+from bigtrain.config import EncryptionConfig
 from bigtrain.engine.base import Engine, Write
 from bigtrain.engine.host import HostGroup
 from bigtrain.engine.snapshot import fits
@@ -62,10 +63,15 @@ class _Pending:
 class Saver:
     """Saves on all ranks together. Each calls the same methods in the same order.
 
-    `later`: files are written while training goes on; without, `begin` returns when they are.
+    `later`: files are written while training goes on; without, `begin` returns when they are. `encrypted`: with whose
+    key, if it names one.
     """
 
-    def __init__(self, run_dir: Path, engine: Engine, host: HostGroup, keep: Keep, later: bool = False) -> None:
+    def __init__(
+        self, run_dir: Path, engine: Engine, host: HostGroup, keep: Keep, later: bool = False,
+        encrypted: EncryptionConfig | None = None,
+    ) -> None:  # fmt: skip
+        self.encrypted = encrypted if encrypted is not None and encryption.enabled(encrypted) else None
         self.run_dir, self.engine, self.host, self.keep, self.later = run_dir, engine, host, keep, later
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: _Pending | None = None
@@ -103,7 +109,7 @@ class Saver:
         mine = there[self.host.rank :: self.host.world_size]
         written = None
         if problem is None:
-            written = self._thread.submit(_write, staging, writes, mine)
+            written = self._thread.submit(_write, staging, writes, mine, self.encrypted, self.host.rank == 0)
             if not self.later:
                 _settle(written)
         stall = time.perf_counter() - started
@@ -225,11 +231,12 @@ def load(checkpoint: Checkpoint, engine: Engine) -> None:
 
     Raises BigtrainError where the engine's state cannot be cut anew.
     """
-    if reshard.needed(checkpoint, engine):
-        reshard.load(checkpoint, engine)
-        return
-    engine.load(checkpoint.path)
-    state = torch.load(checkpoint.path / _random_name(engine.rank), weights_only=True)
+    with encryption.readable(checkpoint.path) as path:
+        if reshard.needed(checkpoint, engine):
+            reshard.load(replace(checkpoint, path=path), engine)
+            return
+        engine.load(path)
+        state = torch.load(path / _random_name(engine.rank), weights_only=True)
     torch.set_rng_state(state["cpu"])
     if engine.device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], engine.device)
@@ -250,14 +257,21 @@ def _settle(future: Future[Any]) -> str | None:
     return _attempt(future.result)
 
 
-def _write(staging: Path, writes: list[Write], mine: list[str]) -> tuple[Files, float]:
-    """In the thread: write, then hash and flush this rank's files."""
+def _write(
+    staging: Path, writes: list[Write], mine: list[str], encrypted: EncryptionConfig | None, notes: bool
+) -> tuple[Files, float]:
+    """In the thread: write, encrypt if so, then hash and flush this rank's files. `notes`: say how to open them."""
     started = time.perf_counter()
     names = list(mine)
     while writes:
         write = writes.pop(0)
         names += [str(path.relative_to(staging)) for path in write()]
         del write  # and with it the copy of the state
+    if encrypted is not None:
+        key = encryption.read_key(encrypted)
+        names = [str(encryption.encrypt_file(staging / name, key, name).relative_to(staging)) for name in names]
+        if notes:
+            names.append(encryption.write_note(staging, encrypted, key).name)
     return integrity.describe(staging, names), time.perf_counter() - started
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 
 from bigtrain.batch import Batch, LossSums
 from bigtrain.config import Config, DeepSpeedConfig, MuonConfig, accumulation_steps, micro_batch
-from bigtrain.engine import optimizers, shards
+from bigtrain.engine import optimizers, shards, unpickling
 from bigtrain.engine.base import LossFunction, StepOutcome, T, Write
 from bigtrain.engine.snapshot import snapshot
 
@@ -147,7 +146,7 @@ class DeepSpeedEngine:
         self.optimizer = optimizer
         if self.stage == 0:
             optimizer.state.clear()  # ... which must not count as the first for Adam's bias correction
-        self._restrict_unpickling()
+        unpickling.allow_deepspeed()
 
     def forward_backward(self, loss_function: LossFunction, batch: Batch, scale: float, last: bool) -> LossSums:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -227,8 +226,3 @@ class DeepSpeedEngine:
             "given": self.engine.config,
             "seen": scalars | {name: section.model_dump(mode="json") for name, section in sections.items()},
         }
-
-    def _restrict_unpickling(self) -> None:
-        """DeepSpeed reads its checkpoints with weights_only=False: a payload in one would run. Allow its types only."""
-        torch.serialization.add_safe_globals(shards.saved_types())
-        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"

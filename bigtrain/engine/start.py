@@ -10,12 +10,14 @@ import torch
 from torch import nn
 
 from bigtrain.config import Config, DeepSpeedConfig
+from bigtrain.engine import unpickling
 from bigtrain.engine.base import Engine
 from bigtrain.models import cpu_bf16
 
 
 def init_distributed(device_type: str, timeout_seconds: int) -> torch.device:
     """Join the process group that the launcher's environment describes; return this rank's device."""
+    unpickling.restrict()
     device = torch.device(device_type)
     if device_type == "cpu":
         cpu_bf16.enable()

@@ -63,16 +63,22 @@ class WandbHook(Hook):
             "finish_timeout": 60.0,  # a dead network must not hold the ranks at the end
         }
         fields = wandb.Settings.model_fields
+        environment = info.config.launch.env
         arguments: dict[str, Any] = {
-            "project": options.project,
-            "entity": options.entity,
-            "name": options.name or info.run_dir.resolve().name,
-            "group": options.group,
-            "tags": options.tags,
+            **redact(
+                {
+                    "project": options.project,
+                    "entity": options.entity,
+                    "name": options.name or info.run_dir.resolve().name,
+                    "group": options.group,
+                    "tags": options.tags,
+                },
+                environment,
+            ),
             "id": self._id,
             "resume": "allow",
             "dir": str(info.run_dir),
-            "config": redact(_run_config(info)),
+            "config": redact(_run_config(info), environment),
             "settings": wandb.Settings(**{name: value for name, value in settings.items() if name in fields and value}),
         }
         mode: Any = choose_mode(options)

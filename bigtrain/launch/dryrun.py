@@ -17,7 +17,7 @@ def show(config: Config, placement: Placement) -> str:
     start = local.start_of(config, placement, digest)
     lines = [f"# {placement.ranks} ranks on {placement.device}, {placement.threads_per_rank} threads each"]
     lines += [f"unset {' '.join(start.removed)}"]
-    environment = redact(start.environment)
+    environment = redact(start.environment, start.environment)
     del environment["BIGTRAIN_PARENT_PID"]  # the ranks end with this process: here, whoever runs the script
     lines += ["export BIGTRAIN_PARENT_PID=$$"]
     lines += [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
@@ -25,6 +25,6 @@ def show(config: Config, placement: Placement) -> str:
     if isinstance(config.engine, DeepSpeedConfig):
         from bigtrain.engine.deepspeed import ds_config  # imports torch: only here in the parent, and only when asked
 
-        effective = json.dumps(ds_config(config, placement.ranks, placement.device), indent=2)
+        effective = json.dumps(redact(ds_config(config, placement.ranks, placement.device)), indent=2)
         lines += ["", "# effective DeepSpeed config", *(f"# {line}" for line in effective.splitlines())]
     return "\n".join(lines)

@@ -16,14 +16,14 @@ from typing import Any
 
 import psutil
 
-from bigtrain.config import Config, dump
+from bigtrain.config import Config, dump, held_back
 from bigtrain.errors import BigtrainError
 from bigtrain.files import write_atomic
 from bigtrain.hardware import Placement
 from bigtrain.launch import ops
 from bigtrain.launch.run_dir import last_step, read_result, readable_errors
 from bigtrain.launch.supervise import LAUNCH_ID, WORKER, Ending, supervise
-from bigtrain.redact import redact
+from bigtrain.redact import HELD_BACK, redact
 
 ADDRESS = "127.0.0.1"
 
@@ -98,6 +98,7 @@ def run(config: Config, placement: Placement) -> tuple[dict[str, Any], bool]:
         write_atomic(run_dir / "launch.json", json.dumps(_record(start, placement), indent=1) + "\n")
         _clear_failures(run_dir)
     environment = {name: value for name, value in os.environ.items() if name not in start.removed} | start.environment
+    environment[HELD_BACK] = json.dumps(held_back(config))  # config.yaml has none of them
     before = _identity(run_dir / "result.json")
     ending = supervise(
         start.command, environment, placement.ranks, config.launch.stop_seconds,
@@ -143,7 +144,7 @@ def _record(start: Start, placement: Placement) -> dict[str, Any]:
         "host": socket.gethostname(),
         "directory": os.getcwd(),
         "command": start.command,
-        "environment": redact(start.environment),
+        "environment": redact(start.environment, start.environment),
         "removed_from_environment": [name for name in start.removed if name in os.environ],
         "placement": asdict(placement),
     }

@@ -50,6 +50,22 @@ def claim(path: Path) -> Iterator[None]:
             os.close(lock)  # releases the lock
 
 
+@contextlib.contextmanager
+def only_for_owner(path: Path, private: bool) -> Iterator[None]:
+    """With `private`, what this process and its ranks write meanwhile, and `path` itself, is for its owner alone."""
+    if not private:
+        yield
+        return
+    before = os.umask(0o077)
+    try:
+        if path.is_dir():  # of an earlier session that was not private
+            with readable_errors(path):
+                path.chmod(0o700)
+        yield
+    finally:
+        os.umask(before)
+
+
 def _lock(lock: int, path: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -118,7 +134,11 @@ def check_resume(path: Path, config: Config, before: Config | None) -> Checkpoin
             "resume", "never", f"{path} already holds a run", "name another run_dir, or resume=auto to continue it"
         )
     found = resolve_resume(path, config.resume)
-    if config.init_from is not None and not (Path(config.init_from) / "config.json").is_file():  # Hugging Face's
+    if config.init_from is not None and (Path(config.init_from) / "config.json").is_file():
+        from bigtrain.models import huggingface  # imports torch: only when it is asked for
+
+        huggingface.read_config(Path(config.init_from))
+    elif config.init_from is not None:
         try:
             resolve_resume(path, config.init_from)
         except ConfigError as error:

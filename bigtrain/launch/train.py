@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from bigtrain import checks, hardware
 from bigtrain import config as schema
-from bigtrain.checkpoint import changes
+from bigtrain.checkpoint import changes, encryption
 from bigtrain.checkpoint.changes import Change
 from bigtrain.checkpoint.find import Checkpoint
 from bigtrain.config import LABELLED_TASKS, Config, DeepSpeedConfig
 from bigtrain.errors import BigtrainError, ConfigError, unknown_key
 from bigtrain.hardware import Placement
 from bigtrain.launch import Stopped, dryrun, local, ops, pretrained, run_dir
+from bigtrain.redact import redact
 
 if TYPE_CHECKING:
     from bigtrain.data.examples import PreparedExamples
@@ -30,6 +31,11 @@ def checked(data: dict[str, Any]) -> Config:
     """Plain data -> a config that holds together. Raises ConfigError."""
     config = schema.from_dict(pretrained.resolved(data))
     checks.check(config)
+    encryption.check(config.train.encryption)
+    for name in ("run_dir", "data.cache_dir"):
+        value = config.run_dir if name == "run_dir" else config.data.cache_dir
+        if (clean := redact(value, config.launch.env)) != value:
+            raise ConfigError(name, clean, "holds a secret, and everybody sees a directory's name", "name another")
     if isinstance(config.engine, DeepSpeedConfig) and config.engine.deepspeed:
         from bigtrain.engine import deepspeed_schema
 
@@ -64,7 +70,7 @@ def train(config: Config, say: Callable[[str], None], continue_command: Callable
         say(dryrun.show(config, placement))
         return math.nan
     path = Path(config.run_dir)
-    with run_dir.claim(path):
+    with run_dir.only_for_owner(path, config.launch.private), run_dir.claim(path):
         before = run_dir.previous(path)
         found = run_dir.check_resume(path, config, before)
         _check_changes(config, before, found)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bigtrain.checkpoint import encryption
 from bigtrain.errors import BigtrainError
 
 SINGLE = "model.safetensors"
@@ -23,6 +26,11 @@ class StoredTensors:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
+        if encryption.is_encrypted(directory):  # read from a private copy, which goes when this object does
+            directory = encryption.private_directory(sum(file.stat().st_size for file in directory.glob("*.enc")))
+            self._remove_copy = weakref.finalize(self, shutil.rmtree, directory, True)
+            names = [path.name.removesuffix(".enc") for path in self.directory.glob("*.safetensors*")]
+            encryption.decrypt_into(self.directory, directory, names)
         self._opened: dict[Path, Any] = {}
         self._files: dict[str, Path] = {}
         if (directory / SINGLE).is_file():

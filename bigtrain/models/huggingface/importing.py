@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from bigtrain.checkpoint.encryption import is_encrypted
 from bigtrain.config import EncoderConfig, ModelConfig
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.models.huggingface.names import BACKBONE, Family, family_of
@@ -57,7 +58,7 @@ def iterate_weights(
 
 def open_weights(directory: Path, key: str = "init_from") -> StoredTensors:
     """Raises ConfigError for pickled weights, BigtrainError where there are none or they cannot be read."""
-    safe = (directory / SINGLE).is_file() or (directory / INDEX).is_file()
+    safe = (directory / SINGLE).is_file() or (directory / INDEX).is_file() or is_encrypted(directory)
     if not safe and (pickled := sorted(path.name for path in directory.glob("*.bin"))):
         raise ConfigError(
             key, str(directory), f"only pickled weights there ({pickled[0]}), which can run code when they are read",
