@@ -46,6 +46,12 @@ class Hook:
     def on_checkpoint(self, step: int, path: Path) -> None:
         """After the checkpoint is complete."""
 
+    def on_warning(self, step: int, message: str) -> None:
+        """Something went wrong that the run goes on from."""
+
+    def on_rollback(self, step: int, left: int) -> None:
+        """The run went back from step `left`: what was reported after `step` is void."""
+
     def on_end(self, result: dict[str, Any]) -> None:
         """The run finished or was stopped; `result` is what result.json holds."""
 
@@ -91,6 +97,12 @@ class Hooks(Hook):
 
     def on_checkpoint(self, step: int, path: Path) -> None:
         self._each("on_checkpoint", lambda hook: hook.on_checkpoint(step, path))
+
+    def on_warning(self, step: int, message: str) -> None:
+        self._each("on_warning", lambda hook: hook.on_warning(step, message))
+
+    def on_rollback(self, step: int, left: int) -> None:
+        self._each("on_rollback", lambda hook: hook.on_rollback(step, left))
 
     def on_end(self, result: dict[str, Any]) -> None:
         self._each("on_end", lambda hook: hook.on_end(result))

@@ -64,6 +64,9 @@ class ConsoleHook(Hook):
         shown = "  ".join(f"{name} {metrics[key]:.4g}" for key, name in HEADLINES.items() if key in metrics)
         self._say(f"step {step}/{self._steps}  held-out loss {metrics['eval/loss']:.4f}  {shown}".rstrip())
 
+    def on_warning(self, step: int, message: str) -> None:
+        self._say(f"step {step}/{self._steps}  warning: {message}")
+
     def on_end(self, result: dict[str, Any]) -> None:
         self.close()
         run = result.get("run") or (self._info.run_dir if self._info else "RUN")

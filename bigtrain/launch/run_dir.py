@@ -27,6 +27,7 @@ _FREE = (
     "data.prepared_dir", "data.cache_dir", "data.workers",
     "train.steps", "train.micro_batch", "train.activation_checkpointing", "train.compile", "train.eval_every",
     "train.eval_batches", "train.save_every", "train.keep_checkpoints", "train.objective",
+    "train.stop_at", "train.guard",
 )  # fmt: skip
 _SHOWN_DIFFERENCES = 3
 
