@@ -12,7 +12,6 @@ import hashlib
 import json
 import logging
 import os
-import platform
 import select
 import shutil
 import signal
@@ -20,7 +19,6 @@ import sys
 import threading
 import time
 import traceback
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,6 +26,7 @@ from bigtrain import config as configuration
 from bigtrain.config import LABELLED_TASKS, Config
 from bigtrain.errors import BigtrainError
 from bigtrain.files import write_atomic
+from bigtrain.provenance import versions
 
 LABELS = "labels.json"  # in the run directory: the names of the numbers that a classifier gives
 
@@ -216,16 +215,6 @@ def record_failure(run_dir: Path, rank: int, error: BaseException) -> None:
         write_atomic(run_dir / "failures" / f"rank-{rank}.json", json.dumps(failure, indent=1))
     except OSError:
         pass  # the disk may be why we are here; the log has the traceback
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("bigtrain", "torch", "deepspeed", "accelerate", "transformers", "tokenizers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 if __name__ == "__main__":
