@@ -12,8 +12,10 @@ import pytest
 from bigtrain.config import GuardConfig
 from bigtrain.errors import BigtrainError
 from bigtrain.guards import Guard, spike_limit
+from bigtrain.hardware import cpu_has_fp16
 from tests.distributed.curves import ENGINES, ZERO
 from tests.distributed.ranks import run_ranks
+from tests.distributed.test_engines import check_refused
 
 GUARDED = "tests.distributed.guarded"
 
@@ -65,53 +67,54 @@ def test_a_run_that_only_spikes_ends() -> None:
 # --------------------------------------------------------------------------------------------- on real ranks
 
 
-@pytest.mark.parametrize(("precision", "choices"), [("fp32", {**ZERO, "ddp": ENGINES["ddp"]}), ("bf16", ZERO)])
-@pytest.mark.parametrize("do", ["nan", "gradient", "weight"])
-def test_what_is_not_finite_is_found_before_the_update(precision: str, choices: dict[str, Any], do: str) -> None:
-    arguments = {"choices": choices, "precision": precision, "do": do}
-    for name, found in run_ranks(f"{GUARDED}:spoiled", 2, arguments)[0].items():
-        step, what = (1, "train/loss is nan") if do == "weight" else (4, r"train/(loss|grad_norm) is (nan|inf)")
-        where = {
-            "nan": r"the loss|the gradient of \S+|the output of \S+",
-            "gradient": r"the gradient of \S+",
-            "weight": r"weight blocks\.1\.attention\.out\.weight",
-        }[do]
-        samples = "2, 3" if do == "weight" else "30, 31"
-        micro_batch, samples = (0, "4, 5") if do == "weight" else (1, "30, 31")
-        pattern = (
-            f"{what} at step {step}: .*first in ({where}) \\(rank 1, micro-batch {micro_batch}, samples {samples}\\)"
-        )
-        assert re.search(pattern, found["message"]), (name, found)
-        assert found["steps"] == step - 1, name
-        assert found["finite"], f"{name}: the bad step has reached the weights"
+WHERE = {
+    "nan": r"(the loss|the gradient of \S+|the output of \S+) \(rank 1, micro-batch 1, samples 30, 31\)",
+    "gradient": r"the gradient of \S+ \(rank 1, micro-batch 1, samples 30, 31\)",
+    "weight": r"weight blocks\.1\.attention\.out\.weight \(rank 1, micro-batch 0, samples 4, 5\)",
+}
+
+
+@pytest.mark.parametrize(
+    ("precision", "choices"), [("fp32", {**ZERO, "ddp": ENGINES["ddp"]}), ("bf16", ZERO), ("fp16", ZERO)]
+)
+def test_what_is_not_finite_is_found_before_the_update(precision: str, choices: dict[str, Any]) -> None:
+    if precision == "fp16" and not cpu_has_fp16():
+        check_refused("fp16")
+        return
+    arguments = {"choices": choices, "precision": precision, "ways": list(WHERE)}
+    for do, runs in run_ranks(f"{GUARDED}:spoiled", 2, arguments)[0].items():
+        step = 1 if do == "weight" else 4
+        for name, found in runs.items():
+            pattern = rf"train/(loss|grad_norm) is (nan|inf) at step {step}: .*first in {WHERE[do]}"
+            assert re.search(pattern, found["message"]), (do, name, found)
+            assert found["steps"] == step - 1, (do, name)
+            assert found["finite"], f"{do} {name}: the bad step has reached the weights"
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_discarded_step_leaves_no_trace(precision: str) -> None:
-    choices = ENGINES if precision == "fp32" else ZERO
-    assert run_ranks(f"{GUARDED}:dropped", 2, {"choices": choices, "precision": precision})[0] == dict.fromkeys(
-        choices, True
-    )
+    choices = ENGINES if precision == "fp32" else {name: ZERO[name] for name in ("zero0", "zero1", "zero3")}
+    (found, _) = run_ranks(f"{GUARDED}:dropped", 2, {"choices": choices, "precision": precision})
+    assert found == dict.fromkeys(choices, True)
 
 
-@pytest.mark.parametrize("policy", ["warn", "skip", "rollback"])
-def test_spike(policy: str, tmp_path: Path) -> None:
-    arguments = {"choice": ZERO["zero2"], "policy": policy, "folder": str(tmp_path)}
-    found, other = run_ranks(f"{GUARDED}:spikes", 2, arguments)
-    assert found["losses"] == other["losses"]
-    losses = {int(step): loss for step, loss in found["losses"].items()}
-    assert list(losses) == list(range(1, 33)) or policy == "rollback"
-    assert len(found["warnings"]) == 1
-    assert "is a spike" in found["warnings"][0]
-    assert found["resumed"] == {step: loss for step, loss in found["losses"].items() if int(step) > 30}
-    if policy == "rollback":
-        assert found["left_out"] == found["manifest"]["left_out"] == [[23, 25]]
-        assert losses[25] < 2 * losses[24], "the run met the same data again"
-    else:
-        assert losses[25] > 5 * losses[24]
-        assert found["dropped"] == (policy == "skip")
-    if policy == "skip":
-        assert losses[26] < 1.5 * losses[24], "the update was made"
+def test_spikes(tmp_path: Path) -> None:
+    arguments = {"choice": ZERO["zero2"], "policies": ["warn", "skip", "rollback"], "folder": str(tmp_path)}
+    here, there = run_ranks(f"{GUARDED}:spikes", 2, arguments)
+    for policy, found in here.items():
+        losses = {int(step): loss for step, loss in found["losses"].items()}
+        assert list(losses) == list(range(1, 33)), policy
+        assert len(found["warnings"]) == 1, policy
+        assert "is a spike" in found["warnings"][0]
+        assert found["resumed"] == {"31": losses[31], "32": losses[32]}, policy
+        assert all(there[policy][name] == found[name] for name in ("warnings", "left_out", "dropped")), policy
+        if policy == "rollback":
+            assert found["left_out"] == found["saved"]["left_out"] == [[23, 25]]
+            assert losses[25] < 2 * losses[24], "the run met the same data again"
+        else:
+            assert losses[25] > 5 * losses[24]
+            assert found["dropped"] == (policy == "skip")
+    assert here["skip"]["losses"]["26"] != here["warn"]["losses"]["26"], "the update was made all the same"
 
 
 def test_replay_finds_a_flipped_bit_and_changes_nothing() -> None:

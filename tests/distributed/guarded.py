@@ -117,9 +117,13 @@ def configured(choice: dict[str, Any], precision: str, steps: int, guard: dict[s
     return from_dict(data)
 
 
-def spoiled(choices: dict[str, dict[str, Any]], precision: str, do: str) -> dict[str, Any]:
-    """{engine: what the run said, whether weights are those of the step before}; the batch of step 3 is bad."""
+def spoiled(choices: dict[str, dict[str, Any]], precision: str, ways: list[str]) -> dict[str, Any]:
+    """{way: {engine: what the run said, whether its weights are finite}}; the data of step 3 is bad."""
     host = join()
+    return {do: _spoiled(host, choices, precision, do) for do in ways}
+
+
+def _spoiled(host: HostGroup, choices: dict[str, dict[str, Any]], precision: str, do: str) -> dict[str, Any]:
     found = {}
     for name, choice in choices.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -184,31 +188,26 @@ def dropped(choices: dict[str, dict[str, Any]], precision: str) -> dict[str, Any
     return found
 
 
-def spikes(choice: dict[str, Any], policy: str, folder: str, evil: int = 24) -> dict[str, Any]:
-    """A run of 32 steps with a spike in the data of step 24, and its state at the end."""
+def spikes(choice: dict[str, Any], policies: list[str], folder: str) -> dict[str, Any]:
+    """{policy: what became of a run of 32 steps with a spike in the data of step 24}."""
     host = join()
+    return {policy: _spikes(host, choice, policy, Path(folder) / policy) for policy in policies}
+
+
+def _spikes(host: HostGroup, choice: dict[str, Any], policy: str, folder: Path) -> dict[str, Any]:
     guard = {"spike": policy, "skip_steps": 1, "spike_window": 20}
     config = configured(choice, "fp32", 32, guard, save_every=10)
     engine = build(config)
-    run, recorder = trainer(config, engine, host, Pattern(evil, "spike"), Path(folder))
-    result = run.fit() if evil >= 0 else {}
-    seen = {
-        "losses": recorder.losses,
-        "warnings": recorder.warnings,
-        "left_out": run.guard.left_out,
-        "dropped": result["train/dropped_updates"],
-        "manifest": checkpoints(Path(folder))[-1].manifest["guard"],
-    }
-    # The same again, resumed from the checkpoint of step 30: it must know what was left out.
-    for kept in checkpoints(Path(folder)):
-        if kept.step != 30:
-            continue
-        engine = build(config)
-        run, recorder = trainer(config, engine, host, Pattern(evil, "spike"), Path(folder) / "resumed")
-        run.restore(kept)
-        run.fit()
-        seen["resumed"] = recorder.losses
-    return json.loads(json.dumps(seen))
+    run, recorder = trainer(config, engine, host, Pattern(24, "spike"), folder)
+    result = run.fit()
+    seen = {"losses": recorder.losses, "warnings": recorder.warnings, "left_out": run.guard.left_out,
+            "dropped": result["train/dropped_updates"], "saved": checkpoints(folder)[-1].manifest["guard"]}  # fmt: skip
+    # The last steps again, from the checkpoint of step 30: it must know what was left out.
+    (checkpoint,) = [kept for kept in checkpoints(folder) if kept.step == 30]
+    run, recorder = trainer(config, build(config), host, Pattern(24, "spike"), folder / "resumed")
+    run.restore(checkpoint)
+    run.fit()
+    return json.loads(json.dumps(seen | {"resumed": recorder.losses}))
 
 
 def flipped(choices: dict[str, dict[str, Any]], precision: str) -> dict[str, Any]:
@@ -251,7 +250,8 @@ def flip_a_bit(at: int) -> Callable[[nn.Module, Any, Tensor], Tensor | None]:
         if next(calls) != at:
             return None
         changed = output.clone()
-        changed.view(-1)[0] = torch.nextafter(changed.view(-1)[0], changed.new_tensor(math.inf))
+        first = changed.detach().view(-1)[:1]
+        first.copy_(torch.nextafter(first, first.new_tensor(math.inf)))
         return changed
 
     return flip
