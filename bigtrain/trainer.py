@@ -289,8 +289,9 @@ class Trainer:
 
     def _summary(self) -> dict[str, Any]:
         ordered = sorted(self.throughput)
+        loss = self.last_metrics.get("train/loss", math.nan)
         return {
-            "train/loss": self.last_metrics.get("train/loss"),
+            "train/loss": loss if math.isfinite(loss) else None,
             "train/steps": self.step,
             "train/dropped_updates": self.guard.dropped,
             "data/tokens": self.tokens,

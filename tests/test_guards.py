@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from bigtrain.config import GuardConfig
-from bigtrain.errors import BigtrainError
+from bigtrain.checks import check
+from bigtrain.config import GuardConfig, from_dict
+from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.guards import Guard, spike_limit
 from bigtrain.hardware import cpu_has_fp16
 from tests.distributed.curves import ENGINES, ZERO
@@ -62,6 +63,22 @@ def test_a_run_that_only_spikes_ends() -> None:
     guard.spikes = 2
     assert guard.spike(1.0) is None
     assert guard.spikes == 0, "a good step is progress"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("spike", "rollback", "no checkpoint to go back to; set train.save_every"),
+        ("spike", "ignore", "one of off, warn, skip, rollback"),
+        ("spike_window", 8, "fewer than 16 losses"),
+        ("spike_deviations", 0.5, "at least 1"),
+        ("max_spikes", 0, "at least 1"),
+        ("replay_every", 10, "set train.deterministic=true"),
+    ],
+)
+def test_a_guard_that_cannot_work_is_refused(key: str, value: object, says: str) -> None:
+    with pytest.raises(ConfigError, match=rf"train\.guard\.{key}=.*{re.escape(says)}"):
+        check(from_dict({"train": {"guard": {key: value}}}))
 
 
 # --------------------------------------------------------------------------------------------- on real ranks
