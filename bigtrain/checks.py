@@ -18,9 +18,12 @@ from bigtrain.config import (
     QuestionAnsweringConfig,
     Seq2SeqConfig,
     TextDataConfig,
+    TrainConfig,
     micro_batch,
 )
 from bigtrain.errors import ConfigError
+
+LEAST_HISTORY = 16  # losses, before one can be called a spike
 
 
 def check(config: Config) -> None:
@@ -224,8 +227,32 @@ def _check_train(config: Config) -> None:
             "LoRA adapts a trained model",
             "name one: model=pretrained model.path=DIR",
         )
+    _check_guard(train)
     if config.resume == "":
         raise ConfigError("resume", config.resume, "empty", "auto, required, never, or a directory")
+
+
+def _check_guard(train: TrainConfig) -> None:
+    guard = train.guard
+    _positive("train.stop_at", train.stop_at)
+    for name in ("spike_window", "max_spikes"):
+        _positive(f"train.guard.{name}", getattr(guard, name))
+    _positive("train.guard.spike_deviations", guard.spike_deviations, 1)
+    _positive("train.guard.skip_steps", guard.skip_steps, 0)
+    _positive("train.guard.replay_every", guard.replay_every, 0)
+    if guard.spike_window < LEAST_HISTORY:
+        raise ConfigError(
+            "train.guard.spike_window", guard.spike_window, f"a median of fewer than {LEAST_HISTORY} losses says little"
+        )
+    if guard.spike == "rollback" and not train.save_every:
+        raise ConfigError(
+            "train.guard.spike", "rollback", "there would be no checkpoint to go back to", "set train.save_every"
+        )
+    if guard.replay_every and not train.deterministic:
+        raise ConfigError(
+            "train.guard.replay_every", guard.replay_every, "two runs of a micro-batch may rightly differ",
+            "set train.deterministic=true",
+        )  # fmt: skip
 
 
 def _check_launch(config: Config) -> None:

@@ -151,6 +151,22 @@ def prepare(arguments: tuple[str, ...]) -> int:
     return _compose(arguments, run)
 
 
+@command.command(cls=ComposedHelp, context_settings=_HYDRA)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def verify(arguments: tuple[str, ...]) -> int:
+    """Compose a config and find out whether it can be trusted here: some steps of it against the reference engine,
+    then killed and resumed, bit for bit. Exit status 1 if not."""
+    from bigtrain.launch import train as launch
+
+    def run(job: Job) -> float:
+        from bigtrain.verify import verify as check
+
+        check(launch.checked(job.data), click.echo)
+        return math.nan
+
+    return _compose(arguments, run)
+
+
 @dataclass
 class Outcome:
     """What became of one job of a sweep."""
@@ -335,6 +351,32 @@ def prune(run: Path, keep: int | None, dry_run: bool) -> None:
     from bigtrain.checkpoint import inspect
 
     inspect.prune(run, keep, dry_run, click.echo)
+
+
+@command.command()
+@click.argument("run", type=RUN)
+@click.option("--steps", type=click.IntRange(min=1), help="Only the first N steps. Default: all that RUN has.")
+@click.option("--out", type=click.Path(path_type=Path), help="Directory of the new run. Default: RUN-reproduced.")
+@click.option(
+    "--tolerance", default=0.0, show_default=True, type=click.FloatRange(min=0), help="Relative. 0: the same bits."
+)
+@click.option("--other-code", is_flag=True, help="Go on although bigtrain's sources are not those that made RUN.")
+def reproduce(run: Path, steps: int | None, out: Path | None, tolerance: float, other_code: bool) -> None:
+    """Run RUN again, deterministically, in a new directory, and compare the two curves. Exit status 1: they differ."""
+    from bigtrain.reproduce import reproduce as again
+
+    run = run.resolve()
+    again(run, out or run.with_name(f"{run.name}-reproduced"), steps, tolerance, other_code, click.echo)
+
+
+@command.command()
+@click.argument("first", type=RUN)
+@click.argument("second", type=RUN)
+def diff(first: Path, second: Path) -> None:
+    """Show where two runs differ: config, code, machine, data, curves."""
+    from bigtrain.diff import diff as compare
+
+    click.echo("\n".join(compare(first, second)))
 
 
 @command.command()

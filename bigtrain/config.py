@@ -400,9 +400,24 @@ class EncryptionConfig:
     key_env: str | None = None  # or the environment variable that holds them
 
 
+class GuardConfig:
+    """What happens when training goes wrong. A loss or gradient that is not finite is always found before the update,
+    and ends the run where `spike` does not say how to go on (skip, rollback)."""
+
+    # A loss far above the last ones: warn; skip: leave this update out; rollback: go back to the last checkpoint and
+    # leave out the data around the spike (arXiv 2204.02311, section 5.1).
+    spike: Literal["off", "warn", "skip", "rollback"] = "off"
+    spike_window: int = 64  # steps: the last losses, of which the median is taken
+    spike_deviations: float = 10.0  # how far above that median a spike is, in robust standard deviations
+    skip_steps: int = 8  # rollback: steps of data that are left out on each side of the spike
+    max_spikes: int = 8  # without progress in between; then the run ends
+    replay_every: int = 0  # steps between two checks that a micro-batch gives the same bits twice; 0: never
+
+
 @dataclass
 class TrainConfig:
     steps: int = 1000
+    stop_at: int | None = None  # stop (and save) at this step; the schedule still counts to `steps`
     seed: int = 0
     global_batch: int = 32  # sequences per optimizer step, over all ranks
     micro_batch: int | None = None  # sequences per forward on one rank, the rest being accumulation; None: all at once
@@ -413,6 +428,7 @@ class TrainConfig:
     deterministic: bool = False
     freeze: list[str] = field(default_factory=list)  # patterns of parameters that keep their weights: ["backbone.*"]
     lora: LoRAConfig = field(default_factory=LoRAConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     layer_lr_decay: float = 1.0  # each layer's lr by this factor smaller than that of the layer above
     eval_every: int = 0  # steps; 0: only at the end
     eval_batches: int | None = None  # micro-batches per rank in an evaluation during the run; None: all

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigtrain import guards
 from bigtrain.batch import Batch, count_tokens
-from bigtrain.checkpoint import Checkpoint, Keep, changes, facts
+from bigtrain.checkpoint import Checkpoint, Keep, changes, facts, resolve_resume
 from bigtrain.checkpoint import store as checkpoint_store
 from bigtrain.config import Config
 from bigtrain.data.example_loader import Share
@@ -32,8 +33,8 @@ from bigtrain.tasks import Evaluated, Task, Totals, TrainLoader
 class Trainer:
     """Runs the steps that are left, on every rank alike.
 
-    The order of one step: agree on tokens and on stopping, forward and backward per micro-batch, update, then on
-    their own cadences log (the only wait for the device), evaluate, save.
+    The order of one step: agree on tokens and on stopping, forward and backward per micro-batch, let the guard judge,
+    update, then on their own cadences log (the only wait for the device), evaluate, save.
     """
 
     def __init__(
@@ -53,9 +54,9 @@ class Trainer:
         self.train_data: TrainLoader = task.train_loader(share)
         self.held_out = task.held_out(share)
         self.held_out_sample = task.held_out(share, config.train.eval_batches)
+        self.guard = guards.Guard(config.train.guard)
         self.stop = stop  # set by a signal on any rank
         self.step = 0  # optimizer steps done
-        self.sequences = 0  # taken from the data so far, over all ranks
         self.share = share
         self.tokens = 0  # trained on so far, over all ranks, padding not counted
         self.saved_step = -1
@@ -73,15 +74,22 @@ class Trainer:
         """Continue where `checkpoint` was saved."""
         with refusals(checkpoint.path):
             checkpoint_store.load(checkpoint, self.engine)
+        manifest, batch = checkpoint.manifest, self.config.train.global_batch
         self.step = self.saved_step = checkpoint.step
-        self.tokens = checkpoint.manifest["tokens"]
-        batch = self.config.train.global_batch
-        self.sequences = checkpoint.manifest.get("sequences", self.step * batch)
-        if self.sequences != self.step * batch:  # the global batch has changed: go on in the data where it stands
-            self.share = replace(self.share, shift=self.sequences - self.step * batch)
+        self.tokens = manifest["tokens"]
+        self.guard.load_state(manifest.get("guard", {}))
+        if manifest.get("global_batch", batch) != batch:
+            self.guard.left_out = []  # counted in steps of the old batch, all but a last one passed
+        shift = manifest.get("sequences", self.sequences()) - self.guard.data_step(self.step) * batch
+        if shift != self.share.shift:  # the global batch has changed: go on in the data where it stands
+            self.share = replace(self.share, shift=shift)
             self.train_data = self.task.train_loader(self.share)
-        self.train_seconds = checkpoint.manifest["train_seconds"]
-        self.hooks.load_state(checkpoint.manifest["hooks"])
+        self.train_seconds = manifest["train_seconds"]
+        self.hooks.load_state(manifest["hooks"])
+
+    def sequences(self) -> int:
+        """How far the run is in the order of the data, over all ranks; what a guard left out is counted too."""
+        return self.guard.data_step(self.step) * self.config.train.global_batch + self.share.shift
 
     def fit(self) -> dict[str, Any]:
         """Train to `train.steps`, or until a stop is asked for; save; evaluate if the run is finished.
@@ -94,13 +102,13 @@ class Trainer:
         self.engine.model.train()
         window = _Window(self.engine.device)
         with ThreadPoolExecutor(1, "loader") as loader:
-            upcoming = loader.submit(self.train_data.batches, self.step)
+            upcoming = self._prefetch(loader, self.step)
             while self.step < train.steps:
-                micro_batches, upcoming = upcoming.result(), self._prefetch(loader)
+                micro_batches, upcoming = upcoming.result(), self._prefetch(loader, self.step + 1)
                 targets, tokens, stops, written = self.host.sum(
                     sum(map(self.task.count_targets, micro_batches)),
                     sum(map(count_tokens, micro_batches)),
-                    self.stop.is_set(),
+                    self.stop.is_set() or (train.stop_at is not None and self.step >= train.stop_at),
                     self.saver.written(),
                 )
                 if self.saver.pending and written == self.host.world_size:
@@ -110,16 +118,21 @@ class Trainer:
                 if stops:
                     break
                 multiplier = lr_multiplier(self.config.schedule, self.step, train.steps)
-                outcome = self._update(micro_batches, targets, multiplier, window)
+                outcome, problem = self._guarded_update(micro_batches, targets, multiplier, window)
+                if problem and train.guard.spike == "rollback" and self._roll_back(problem):
+                    upcoming = self._prefetch(loader, self.step)
+                    window.clear()
+                    continue
                 self.step += 1
-                self.sequences += train.global_batch
                 self.tokens += int(tokens)
                 window.tokens += tokens
                 saves = self._due(train.save_every)
                 evaluates = (self._due(train.eval_every) and self.step < train.steps) or (saves and train.keep_best)
-                if self._due(self.config.logger.log_every) or evaluates or saves or self.step == train.steps:
-                    self._log(window, outcome, multiplier)
                 seen: dict[str, float] = {}
+                if self._logs(self.step):
+                    self._log(window, outcome, multiplier)
+                if problem:
+                    self.hooks.on_warning(self.step, problem)
                 if evaluates:
                     seen = self.evaluate(self.held_out_sample)
                     self.hooks.on_evaluate(self.step, seen)
@@ -139,31 +152,109 @@ class Trainer:
     def _seconds(self) -> float:
         return time.perf_counter() - self.session_started
 
-    def _prefetch(self, loader: ThreadPoolExecutor) -> Future[list[Batch]]:
-        """The next step's micro-batches are read while this step computes."""
-        return loader.submit(self.train_data.batches, self.step + 1)
+    def _prefetch(self, loader: ThreadPoolExecutor, step: int) -> Future[list[Batch]]:
+        """A step's micro-batches are read while the step before computes."""
+        return loader.submit(self.train_data.batches, self.guard.data_step(step))
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step % every == 0
 
-    def _update(self, micro_batches: list[Batch], targets: float, multiplier: float, window: _Window) -> StepOutcome:
-        """One optimizer step: gradients of the loss per token, over the tokens of all ranks."""
-        for index, batch in enumerate(micro_batches):
-            on_device = {name: tensor.to(self.engine.device, non_blocking=True) for name, tensor in batch.items()}
-            last = index == len(micro_batches) - 1
-            sums = self.engine.forward_backward(self.task.loss, on_device, 1 / targets, last)
-            window.nll += sums.nll
-        window.targets += targets
+    def _logs(self, step: int) -> bool:
+        """Whether the loss of the steps up to `step` is written down then."""
+        train = self.config.train
+        cadences = (self.config.logger.log_every, train.eval_every, train.save_every)
+        return step == train.steps or any(every and step % every == 0 for every in cadences)
+
+    def _guarded_update(
+        self, micro_batches: list[Batch], targets: float, multiplier: float, window: _Window
+    ) -> tuple[StepOutcome, str | None]:
+        """One optimizer step, or none if the guard finds something wrong: then also what.
+
+        Raises BigtrainError where the run cannot go on from it.
+        """
+        engine, policy = self.engine, self.guard.config.spike
+        data_step, random = self.guard.data_step(self.step), guards.RandomState.now(engine.device)
+        step = guards.Step(self.step, micro_batches, lambda: self.train_data.samples(data_step), 1 / targets, random)
+        if self.guard.replays(self.step):
+            guards.check_replay(step, engine, self.task.loss, self.host)
+        nll = self._forward_backward(step)
         window.steps += 1
-        return self.engine.step(multiplier)
+        if policy != "off" or self._logs(self.step + 1):
+            past, now = self.host.sum(float(window.nll), float(nll))
+            loss = now / targets
+            if not math.isfinite(loss):
+                engine.discard()
+                return StepOutcome(None, False), self._not_finite("train/loss", loss, step)
+            window.nll_of_all = past + now
+            spike = self.guard.spike(loss)
+            if spike and policy != "warn":
+                engine.discard()
+                self.guard.count(spike, self.step + 1)
+        else:
+            spike = None
+        window.nll += nll
+        window.targets += targets
+        if spike and policy != "warn":
+            return StepOutcome(None, False), spike
+        outcome = engine.step(multiplier)
+        if not outcome.applied:
+            norm = float(outcome.grad_norm if outcome.grad_norm is not None else math.nan)
+            return outcome, self._not_finite("train/grad_norm", norm, step)
+        return outcome, spike
+
+    def _forward_backward(self, step: guards.Step) -> Tensor:
+        """Gradients of the loss per token, over the tokens of all ranks. This rank's loss, summed, on the device."""
+        nll = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        for index, batch in enumerate(step.micro_batches):
+            on_device = {name: tensor.to(self.engine.device, non_blocking=True) for name, tensor in batch.items()}
+            last = index == len(step.micro_batches) - 1
+            nll += self.engine.forward_backward(self.task.loss, on_device, step.scale, last).nll
+        return nll
+
+    def _not_finite(self, name: str, value: float, step: guards.Step) -> str | None:
+        """What is wrong and where, if the run can go on without this update (which nobody made). None: nothing is."""
+        train, number = self.config.train, step.number + 1
+        where = guards.diagnose(step, self.engine, self.task.loss, self.host)
+        if not where and name == "train/grad_norm" and train.precision == "fp16":
+            return None  # the scaled gradients did not fit, as happens until the loss scale has found its size
+        problem = f"{name} is {value}, {where or 'and was finite when the batch was run again: a hardware fault?'}"
+        if train.guard.spike == "rollback" or (train.guard.spike == "skip" and "first in weight" not in where):
+            self.guard.count(problem, number)
+            return problem
+        raise BigtrainError(
+            f"{name} is {value} at step {number}: the run cannot go on;"
+            f" {where or 'it was finite when the batch was run again: a hardware fault?'};"
+            f" lower optimizer.lr (now {self.config.optimizer.lr}), lengthen schedule.warmup_steps or set"
+            " train.grad_clip, and continue from the last checkpoint or in a new run_dir"
+        )
+
+    def _roll_back(self, problem: str) -> bool:
+        """Continue from the last checkpoint without the data around this step. False if there is none yet: then only
+        this update is left out."""
+        if self.saver.pending:
+            self._publish()
+        found = self.host.broadcast(resolve_resume(self.run_dir, "auto") if self.host.rank == 0 else None)
+        if found is None:
+            return False
+        left, guard = self.step, self.guard
+        bad, left_out, spikes = guard.data_step(left), guard.left_out, guard.spikes
+        checkpoint_store.load(found, self.engine)
+        self.step = self.saved_step = found.step
+        self.tokens = found.manifest["tokens"]
+        guard.load_state(found.manifest.get("guard", {}))
+        guard.left_out, guard.spikes = left_out, spikes  # all of it is data after that checkpoint
+        margin = guard.config.skip_steps
+        guard.leave_out(max(bad - margin, guard.data_step(self.step)), bad + margin)
+        self.hooks.on_rollback(self.step, left)
+        self.hooks.on_warning(left, f"{problem}; back to step {self.step}, without the data around it")
+        return True
 
     def _log(self, window: _Window, outcome: StepOutcome, multiplier: float) -> None:
-        """Metrics of the steps since the last log. Reading the loss waits for the device."""
-        (nll,) = self.host.sum(float(window.nll))
+        """Metrics of the steps since the last log."""
         seconds = window.elapsed()
         tokens_per_second = window.tokens / seconds
         metrics = {
-            "train/loss": nll / window.targets,
+            "train/loss": window.nll_of_all / window.targets if window.targets else math.nan,
             "train/lr": self.config.optimizer.lr * multiplier,
             "perf/tokens_per_second": tokens_per_second,
             "perf/step_seconds": seconds / window.steps,
@@ -174,23 +265,11 @@ class Trainer:
             metrics["train/grad_norm"] = float(outcome.grad_norm)
         if self.info.peak_flops:
             metrics["perf/mfu"] = self.info.flops_per_token * tokens_per_second / self.info.peak_flops
-        self._check_finite(metrics, outcome)
         self.throughput.append(tokens_per_second)
         self.last_metrics = metrics
         if self.host.rank == 0:
             self.hooks.on_step(self.step, metrics)
         window.clear()
-
-    def _check_finite(self, metrics: dict[str, float], outcome: StepOutcome) -> None:
-        for name in ("train/loss", "train/grad_norm"):
-            value = metrics.get(name, 0.0)
-            scaling_back = name == "train/grad_norm" and self.config.train.precision == "fp16" and not outcome.applied
-            if not math.isfinite(value) and not scaling_back:
-                raise BigtrainError(
-                    f"{name} is {value} at step {self.step}: the run cannot go on; lower optimizer.lr"
-                    f" (now {self.config.optimizer.lr}), lengthen schedule.warmup_steps or set train.grad_clip,"
-                    " and continue from the last checkpoint or in a new run_dir"
-                )
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -229,14 +308,20 @@ class Trainer:
         """Begin a checkpoint of this step; `seen`: what an evaluation has just found."""
         if self.saver.pending:
             self._publish()
+        if not guards.state_is_finite(self.engine, self.host):
+            raise BigtrainError(
+                f"weights or optimizer states are not finite after step {self.step}: not saved; lower optimizer.lr"
+                f" (now {self.config.optimizer.lr}) and continue from the last checkpoint"
+            )
         states = self.hooks.state() if self.host.rank == 0 else {}
         state = facts.of_run(self.config, self.task.tokenizer_file) | {
             "tokens": self.tokens,
-            "sequences": self.sequences,
+            "sequences": self.sequences(),
             "config": changes.recorded(self.config),
             "train_seconds": self._seconds(),
             "metric": facts.metric(self.config.train.objective, seen),
             "hooks": states,
+            "guard": self.guard.state(),
         }
         self.saver.begin(self.step, state)
         self.saved_step = self.step
@@ -248,6 +333,7 @@ class Trainer:
         saved = self.saver.finish()
         self.save_stall_seconds += saved.stall_seconds
         if saved.problem is None:
+            self.guard.saved()
             self.hooks.on_checkpoint(saved.step, saved.path)
             return None
         self.failed_saves += 1
@@ -258,9 +344,11 @@ class Trainer:
 
     def _summary(self) -> dict[str, Any]:
         ordered = sorted(self.throughput)
+        loss = self.last_metrics.get("train/loss", math.nan)
         return {
-            "train/loss": self.last_metrics.get("train/loss"),
+            "train/loss": loss if math.isfinite(loss) else None,
             "train/steps": self.step,
+            "train/dropped_updates": self.guard.dropped,
             "data/tokens": self.tokens,
             "time/train_seconds": self.train_seconds,
             "time/save_stall_seconds": self.save_stall_seconds,
@@ -273,7 +361,8 @@ class Trainer:
 class _Window:
     """What has accumulated since the last log; sums stay on the device until then."""
 
-    nll: Tensor
+    nll: Tensor  # this rank's
+    nll_of_all: float  # ranks, as of the last time it was read
     targets: float
     tokens: float
     steps: int
@@ -284,7 +373,7 @@ class _Window:
 
     def clear(self) -> None:
         self.nll = torch.zeros((), dtype=torch.float64, device=self.device)
-        self.targets, self.tokens, self.steps = 0.0, 0.0, 0
+        self.nll_of_all, self.targets, self.tokens, self.steps = 0.0, 0.0, 0.0, 0
         self.started = time.perf_counter()
 
     def elapsed(self) -> float:

@@ -26,6 +26,7 @@ from bigtrain import config as configuration
 from bigtrain.config import LABELLED_TASKS, Config
 from bigtrain.errors import BigtrainError
 from bigtrain.files import write_atomic
+from bigtrain.provenance import versions
 from bigtrain.redact import HELD_BACK, redact
 
 LABELS = "labels.json"  # in the run directory: the names of the numbers that a classifier gives
@@ -156,7 +157,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
             "run": str(run_dir),
             "config_sha256": configuration.fingerprint(config),
             "world_size": host.world_size,
-            "versions": facts.versions(),
+            "versions": versions(),
         }
         if host.rank == 0:
             write_atomic(run_dir / "result.json", json.dumps(result, indent=1))

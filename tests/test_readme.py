@@ -26,7 +26,7 @@ def test_every_command_of_the_tour(tmp_path: Path, data_cache: Path, monkeypatch
     toured = [words[1:] for words in commands() if words[0] == "bigtrain"]
     assert len(toured) >= 12
     for arguments in toured:
-        shared = [f"data.cache_dir={data_cache}"] if arguments[0] in ("train", "prepare") else []
+        shared = [f"data.cache_dir={data_cache}"] if arguments[0] in ("train", "prepare", "verify") else []
         output = bigtrain(*arguments, *shared, cwd=tmp_path)
         assert output.strip(), arguments
     assert result(tmp_path / "runs/tour")["train/steps"] == 40

@@ -24,7 +24,7 @@ _FREE = (
     "train.encryption", "data.prepared_dir", "data.cache_dir", "data.workers",
     "train.steps", "train.micro_batch", "train.activation_checkpointing", "train.compile", "train.eval_every",
     "train.eval_batches", "train.save_every", "train.async_save", "train.keep_checkpoints", "train.keep_every",
-    "train.keep_best", "train.objective",
+    "train.keep_best", "train.objective", "train.stop_at", "train.guard",
 )  # fmt: skip
 _LISTED = ("engine",)  # the same sums in another order: state is cut anew (checkpoint/reshard.py)
 _REFUSED = {

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
-import platform
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import bigtrain
 from bigtrain import config as configuration
 from bigtrain.checkpoint.integrity import sha256
 from bigtrain.config import Config, DeepSpeedConfig
+from bigtrain.provenance import code_sha256, versions
 
 
 def of_run(config: Config, tokenizer_file: Path) -> dict[str, Any]:
@@ -42,26 +39,5 @@ def _fingerprints(config: str, prepared_dir: str | None, tokenizer_file: Path) -
         "config": config,
         "tokenizer": sha256(tokenizer_file),
         "corpus": Path(prepared_dir or "").name,  # a prepared directory is named by the fingerprint of its content
-        "code": code(),
+        "code": code_sha256(),
     }
-
-
-@functools.cache
-def code() -> str:
-    """SHA-256 over bigtrain's own source files, by name and content."""
-    digest = hashlib.sha256()
-    package = Path(bigtrain.__file__).parent
-    for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".c", ".json")):
-        digest.update(f"{path.relative_to(package)}\0{sha256(path)}\n".encode())
-    return digest.hexdigest()
-
-
-@functools.cache
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("bigtrain", "torch", "deepspeed", "accelerate", "transformers", "tokenizers"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found

@@ -51,14 +51,16 @@ class ExampleTrainLoader:
         self._span = lru_cache(maxsize=2)(self._span_order)  # two: the loader reads one step ahead
 
     def batches(self, step: int) -> list[Batch]:
+        random = np.random.default_rng((self._share.seed, step, self._share.rank))
+        return [self._collate([_row(self._examples, row) for row in part], random) for part in self.samples(step)]
+
+    def samples(self, step: int) -> list[list[int]]:
+        """The numbers of the examples in each of these micro-batches."""
         share = self._share
         span, index = divmod(step, GROUPED)
         mine = self._span(span)[index][share.rank :: share.world_size]
-        random = np.random.default_rng((share.seed, step, share.rank))
-        return [
-            self._collate([_row(self._examples, row) for row in part], random)
-            for part in mine.reshape(-1, share.micro_batch).tolist()
-        ]
+        parts: list[list[int]] = mine.reshape(-1, share.micro_batch).tolist()
+        return parts
 
     def _span_order(self, span: int) -> NDArray[np.int64]:
         """(GROUPED, global_batch) example numbers, each row in order of length."""

@@ -69,8 +69,16 @@ class TrainLoader:
 
     def batches(self, step: int) -> list[Batch]:
         """The micro-batches of optimizer step `step` (from 0): dicts of int64 CPU tensors (micro_batch, T)."""
+        return [self._windows.batch(part) for part in self._parts(step)]
+
+    def samples(self, step: int) -> list[list[int]]:
+        """The windows of the corpus in each of these micro-batches."""
+        parts: list[list[int]] = self._parts(step).tolist()
+        return parts
+
+    def _parts(self, step: int) -> NDArray[np.int64]:
         windows = sample_windows(self._seed, step, self._global_batch, self.n_windows, self._shift)[self._mine]
-        return [self._windows.batch(part) for part in windows.reshape(-1, self._micro_batch)]
+        return windows.reshape(-1, self._micro_batch)
 
 
 class EvalLoader:

@@ -122,6 +122,13 @@ class MaskedTrainLoader:
             for start in range(0, len(made), share.micro_batch)
         ]
 
+    def samples(self, step: int) -> list[list[int]]:
+        """The windows of the corpus in each of these micro-batches."""
+        share = self._share
+        windows = sample_windows(share.seed, step, share.global_batch, self._rows.n_windows, share.shift)
+        parts: list[list[int]] = windows[share.rank :: share.world_size].reshape(-1, share.micro_batch).tolist()
+        return parts
+
 
 class MaskedEvalLoader:
     """Every held-out window once, over all ranks, always masked in the same way; ranks give equally many batches."""

@@ -5,6 +5,7 @@ bf16 is autocast over fp32 parameters here, so the parameters are their own mast
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +21,8 @@ STATE = "engine"
 
 
 class AccelerateEngine:
+    loss_scale = 1.0
+
     def __init__(self, config: Config, build_model: Callable[[], nn.Module], device: torch.device) -> None:
         from accelerate import Accelerator, PartialState
         from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
@@ -72,9 +75,14 @@ class AccelerateEngine:
         norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.grad_clip or float("inf"))
         if self.sharded:
             norm = norm.full_tensor()
-        self.optimizer.step()
+        applied = math.isfinite(norm)
+        if applied:
+            self.optimizer.step()
+        self.discard()
+        return StepOutcome(norm, applied)
+
+    def discard(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        return StepOutcome(norm, True)
 
     def save(self, directory: Path, later: bool) -> list[Write]:
         """Accelerate writes at once, whatever `later` says."""

@@ -18,7 +18,7 @@ Write = Callable[[], list[Path]]  # writes files, in any thread, and says which
 
 class StepOutcome(NamedTuple):
     grad_norm: Tensor | float | None  # global, before clipping; None where the engine does not compute it
-    applied: bool  # False: a gradient overflowed and the update was skipped
+    applied: bool  # False: a gradient was not finite and the update was left out
 
 
 class Engine(Protocol):
@@ -28,10 +28,16 @@ class Engine(Protocol):
     scale = 1 / global number of target tokens, and no engine averages behind its back.
     """
 
+    optimizer: torch.optim.Optimizer  # over this rank's part of the master weights
     model: nn.Module  # the bare model: its parameters may be sharded
     device: torch.device
     rank: int
     world_size: int
+
+    @property
+    def loss_scale(self) -> float:
+        """What gradients are multiplied by until the step: 1 without loss scaling."""
+        ...
 
     def forward_backward(self, loss_function: LossFunction, batch: Batch, scale: float, last: bool) -> LossSums:
         """`last`: no further micro-batch before the step, so gradients may be reduced now."""
@@ -42,7 +48,14 @@ class Engine(Protocol):
         ...
 
     def step(self, lr_multiplier: float) -> StepOutcome:
-        """Clip, update with lr = peak * lr_multiplier, clear the gradients."""
+        """Clip, update with lr = peak * lr_multiplier, clear the gradients.
+
+        Where a gradient is not finite nothing is updated, on any rank, and the outcome says so.
+        """
+        ...
+
+    def discard(self) -> None:
+        """Clear the gradients of a whole step instead of updating; every rank calls it, after `last` was passed."""
         ...
 
     def save(self, directory: Path, later: bool) -> list[Write]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -161,9 +163,49 @@ class DeepSpeedEngine:
 
     def step(self, lr_multiplier: float) -> StepOutcome:
         optimizers.set_lr(self.optimizer, lr_multiplier)
+        if self.stage == 0 and self.precision == "fp32":  # here alone DeepSpeed neither looks at the norm nor tells it
+            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if not math.isfinite(norm):
+                self.discard()
+                return StepOutcome(norm, False)
+            self.engine.step()
+            return StepOutcome(norm, True)
         self.engine.step()
         return StepOutcome(self.engine.get_global_grad_norm(), self.engine.was_step_applied())
 
+    def discard(self) -> None:
+        """DeepSpeed's own way out of an overflow, but for the loss scale, which stays as it is."""
+        optimizer = self.engine.optimizer
+        if self.stage == 0:
+            self.engine.zero_grad()
+            optimizer.zero_grad()
+            return
+
+        def overflow(*_: Any, **__: Any) -> bool:
+            optimizer.overflow = True
+            return True
+
+        forced: dict[str, Any] = {
+            "check_grad_overflow": True,  # stages 1 and 2 look only then
+            "has_overflow": overflow,
+            "_overflow_check_and_loss_scale_update": overflow,  # stage 3
+            "_update_scale": lambda has_overflow=False: None,
+        }
+        before = {name: vars(optimizer)[name] for name in forced if name in vars(optimizer)}
+        vars(optimizer).update(forced)
+        try:
+            self.engine.step()
+        finally:
+            for name in forced:
+                del vars(optimizer)[name]
+            vars(optimizer).update(before)
+
+    @property
+    def loss_scale(self) -> float:
+        return float(getattr(self.engine.optimizer, "loss_scale", 1.0))
+
+    def save(self, directory: Path) -> None:
     def save(self, directory: Path, later: bool) -> list[Write]:
         """DeepSpeed saves between barriers: a rank that failed must still reach them, and raise only afterwards."""
         writer, problems = self.engine.checkpoint_engine, []

@@ -47,7 +47,10 @@ class Hook:
         """After the checkpoint is complete, which may be some steps later."""
 
     def on_warning(self, step: int, message: str) -> None:
-        """Something went wrong that does not end the run."""
+        """Something went wrong that the run goes on from."""
+
+    def on_rollback(self, step: int, left: int) -> None:
+        """The run went back from step `left`: what was reported after `step` is void."""
 
     def on_end(self, result: dict[str, Any]) -> None:
         """The run finished or was stopped; `result` is what result.json holds."""
@@ -98,6 +101,9 @@ class Hooks(Hook):
     def on_warning(self, step: int, message: str) -> None:
         logger.warning("step %d: %s", step, message)
         self._each("on_warning", lambda hook: hook.on_warning(step, message))
+
+    def on_rollback(self, step: int, left: int) -> None:
+        self._each("on_rollback", lambda hook: hook.on_rollback(step, left))
 
     def on_end(self, result: dict[str, Any]) -> None:
         self._each("on_end", lambda hook: hook.on_end(result))

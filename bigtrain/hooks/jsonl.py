@@ -24,9 +24,16 @@ class JsonlHook(Hook):
         self._file: int | None = None
 
     def on_start(self, info: RunInfo) -> None:
-        path = info.run_dir / "metrics.jsonl"
-        rewind(path, info.start_step if info.resumed else 0)
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        self._path = info.run_dir / "metrics.jsonl"
+        self._open(info.start_step if info.resumed else 0)
+
+    def _open(self, last_step: int) -> None:
+        rewind(self._path, last_step)
+        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+
+    def on_rollback(self, step: int, left: int) -> None:
+        self.close()
+        self._open(step)
 
     def on_step(self, step: int, metrics: Metrics) -> None:
         if self._file is None:

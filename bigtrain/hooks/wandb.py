@@ -110,6 +110,9 @@ class WandbHook(Hook):
     def on_evaluate(self, step: int, metrics: Metrics) -> None:
         self.on_step(step, metrics)
 
+    def on_rollback(self, step: int, left: int) -> None:
+        self._first_step = left + 1  # wandb takes no step twice: there the curve keeps what led to the rollback
+
     def on_end(self, result: dict[str, Any]) -> None:
         if self._run is not None:
             self._run.summary.update(redact(result))

@@ -23,6 +23,7 @@ from bigtrain.hardware import Placement
 from bigtrain.launch import ops
 from bigtrain.launch.run_dir import last_step, read_result, readable_errors
 from bigtrain.launch.supervise import LAUNCH_ID, WORKER, Ending, supervise
+from bigtrain.provenance import code_sha256, versions
 from bigtrain.redact import HELD_BACK, redact
 
 ADDRESS = "127.0.0.1"
@@ -147,6 +148,8 @@ def _record(start: Start, placement: Placement) -> dict[str, Any]:
         "environment": redact(start.environment, start.environment),
         "removed_from_environment": [name for name in start.removed if name in os.environ],
         "placement": asdict(placement),
+        "code_sha256": code_sha256(),
+        "versions": versions(),
     }
 
 

@@ -18,6 +18,10 @@ class TrainLoader(Protocol):
         """This rank's micro-batches of optimizer step `step` (from 0): a pure function."""
         ...
 
+    def samples(self, step: int) -> list[list[int]]:
+        """Which windows of the corpus, or examples, are in each of these micro-batches."""
+        ...
+
 
 class Evaluated(NamedTuple):
     """What one held-out batch gives."""

@@ -175,6 +175,7 @@ def test_an_epoch_has_each_example_once(examples: Examples) -> None:
     assert GROUPED == 1200 // 24
     epoch = [i for step in range(GROUPED) for batch in loader.batches(step) for i in batch["index"].tolist()]
     assert sorted(epoch) == list(range(1200))
+    assert [i for step in range(GROUPED) for part in loader.samples(step) for i in part] == epoch
 
 
 def test_batches_hold_little_padding_and_come_in_no_order_of_length(examples: Examples) -> None:

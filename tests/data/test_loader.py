@@ -68,6 +68,7 @@ def test_targets_are_the_next_tokens(prepared: Prepared) -> None:
     stream = TokenShards(prepared, "train").window(0, 500)
     windows = sample_windows(0, 3, 4, loader.n_windows)
     batches = loader.batches(3)
+    assert loader.samples(3) == windows.reshape(2, 2).tolist()
     assert [batch["tokens"].shape for batch in batches] == [(2, T), (2, T)]
     for row, window in enumerate(windows.tolist()):
         batch, at = batches[row // 2], row % 2

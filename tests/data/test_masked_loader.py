@@ -16,6 +16,7 @@ from bigtrain.data.masked_loader import (
     Vocabulary,
     word_beginnings,
 )
+from bigtrain.data.sampler import sample_windows
 from bigtrain.data.shards import Prepared
 
 SIZE, EOS, PAD, CLS, SEP, MASK = 1000, 0, 1, 2, 3, 4
@@ -111,6 +112,9 @@ def test_a_steps_rows_do_not_depend_on_the_number_of_ranks(prepared: Prepared) -
         return sorted(found)
 
     assert step(1) == step(2) == step(4)
+    loaders = [MaskedTrainLoader(rows(prepared), PAD, LENGTH, Share(rank, 2, 8, 2, seed=5)) for rank in range(2)]
+    drawn = sample_windows(5, 11, 8, rows(prepared).n_windows).tolist()
+    assert sorted(window for loader in loaders for part in loader.samples(11) for window in part) == sorted(drawn)
 
 
 def test_evaluation_masks_alike_each_time_and_fills_up(prepared: Prepared) -> None:

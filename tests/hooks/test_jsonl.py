@@ -79,3 +79,14 @@ def test_a_killed_process_leaves_whole_lines(tmp_path: Path) -> None:
     steps = [row["step"] for row in rows(tmp_path)]
     assert len(steps) > 100
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_rollback_takes_the_lines_after_it_away(tmp_path: Path) -> None:
+    hook = JsonlHook()
+    hook.on_start(run_info(tmp_path))
+    for step in range(1, 6):
+        hook.on_step(step, {"train/loss": 1.0})
+    hook.on_rollback(2, 5)
+    hook.on_step(3, {"train/loss": 2.0})
+    hook.close()
+    assert [(row["step"], row["train/loss"]) for row in rows(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
