@@ -380,6 +380,22 @@ def diff(first: Path, second: Path) -> None:
 
 
 @command.command()
+@click.argument("run", type=RUN)
+@click.option("--text", required=True, help="What the model is to judge, or to write on from.")
+@click.option("--pair", help="The second text, of a classifier of pairs.")
+@click.option("--target", metavar="LABEL", help="Explain this label, or next token; default: what the model says.")
+@click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write to; default: RUN/inspection.")
+def inspect(run: Path, text: str, pair: str | None, target: str | None, device: str, out: Path | None) -> None:
+    """Why does the model of RUN say that of TEXT? Attributions and attention maps, as an HTML page and PNGs."""
+    from bigtrain import inspect as inspection
+
+    found, page = inspection.run(run, text, pair=pair, target=target, device=device, out=out)
+    click.echo(inspection.summary(found))
+    click.echo(page)
+
+
+@command.command()
 @click.option("--build", is_flag=True, help="Compile DeepSpeed's native ops now instead of at first use.")
 def doctor(build: bool) -> int:
     """Show what this machine has and what is missing. Exit status 1 if something needed is."""

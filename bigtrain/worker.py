@@ -64,7 +64,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
     import torch
 
     from bigtrain import models, tasks
-    from bigtrain.checkpoint import facts, store, transfer
+    from bigtrain.checkpoint import store, transfer
     from bigtrain.data.example_loader import Share
     from bigtrain.engine import optimizers, start
     from bigtrain.engine.host import HostGroup

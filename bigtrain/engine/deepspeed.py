@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -205,7 +204,6 @@ class DeepSpeedEngine:
     def loss_scale(self) -> float:
         return float(getattr(self.engine.optimizer, "loss_scale", 1.0))
 
-    def save(self, directory: Path) -> None:
     def save(self, directory: Path, later: bool) -> list[Write]:
         """DeepSpeed saves between barriers: a rank that failed must still reach them, and raise only afterwards."""
         writer, problems = self.engine.checkpoint_engine, []
