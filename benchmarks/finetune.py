@@ -23,6 +23,7 @@ import csv
 import gzip
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -88,12 +89,13 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     )
     results = []
     with tempfile.TemporaryDirectory() as directory:
+        train, test = (str(whole(arguments.task, path, Path(directory))) for path in (arguments.train, arguments.test))
         for lr in arguments.lr:
             for seed in arguments.seeds:
                 for variant in arguments.variants:
                     job = {
                         "model": str(arguments.model.resolve()), "task": arguments.task, "steps": steps, "lr": lr,
-                        "train": str(arguments.train.resolve()), "test": str(arguments.test.resolve()), "seed": seed,
+                        "train": train, "test": test, "seed": seed,
                         "batch": arguments.batch, "ranks": arguments.ranks, "threads": threads,
                         "group_by_length": arguments.group_by_length, "directory": directory,
                         "name": f"{variant}-{lr}-{seed}",
@@ -141,20 +143,37 @@ def print_table(arguments: argparse.Namespace, results: list[dict[str, Any]]) ->
 
 
 def read(task: str, path: Path) -> list[tuple[Any, Any]]:
-    """(text, label) of a tsv, (words, tags) of a CoNLL file, whose first and last column they are."""
+    """(text, label) of a tsv, (words, tags) of a CoNLL file, whose first and last column they are.
+
+    WikiANN's words begin with their language, "en:", which goes; a last line that was cut off goes too.
+    """
     with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8", newline="") as file:
         if task == "classification":
             rows = [row for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
             return [(row[0], row[1]) for row in rows]
         sentences: list[tuple[Any, Any]] = []
         words: list[list[str]] = []
-        for text in (*file, ""):
+        lines = file.read().splitlines()
+        if lines and len(lines[-1].split()) == 1:
+            lines.pop()
+        for text in (*lines, ""):
             if text.strip():
-                words.append(text.split())
+                word, *_, tag = text.split()
+                words.append([re.sub(r"^[a-z]{2,3}:(?=.)", "", word), tag])
             elif words:
-                sentences.append(([word[0] for word in words], [word[-1] for word in words]))
+                sentences.append(([word for word, _ in words], [tag for _, tag in words]))
                 words = []
         return sentences
+
+
+def whole(task: str, path: Path, directory: Path) -> Path:
+    """The file that both sides read: a CoNLL file as `read` has it."""
+    if task == "classification":
+        return path.resolve()
+    copy = directory / f"{path.name.split('.')[0]}.conll"
+    blocks = ("".join(f"{word}\t{tag}\n" for word, tag in zip(*pair, strict=True)) for pair in read(task, path))
+    copy.write_text("\n".join(blocks), encoding="utf-8")
+    return copy
 
 
 def run_bigtrain(job: dict[str, Any]) -> dict[str, Any]:
