@@ -102,8 +102,9 @@ def test_an_encoder_classifies(tmp_path: Path) -> None:
     path = directory(tmp_path / "distil", "DistilBertModel", "DistilBertConfig", dict(DISTIL))
     data = labelled(tmp_path / "a.jsonl", "label")
     run = tmp_path / "run"
-    said = bigtrain("train", *COMMON, f"run_dir={run}", "task=classification", "model=hf", f"model.path={path}", "data=labelled",
-                    f"data.path={data}", f"data.cache_dir={tmp_path}/cache", "engine=zero3", "train.steps=25")  # fmt: skip
+    said = bigtrain("train", *COMMON, f"run_dir={run}", "task=classification", "model=hf", f"model.path={path}",
+                    "data=labelled", f"data.path={data}", f"data.cache_dir={tmp_path}/cache", "engine=zero3",
+                    "optimizer.lr=1e-2", "train.steps=60")  # fmt: skip
     assert "new: model.pre_classifier.weight" in said
     assert result(run)["eval/accuracy"] > 0.9  # one half by chance
     out = export(run, tmp_path / "out")
