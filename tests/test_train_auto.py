@@ -21,6 +21,7 @@ from tests.runs import bigtrain, losses, result
 WORDS = ["red", "blue", "one", "two"]
 COMMON = [
     "logger.progress=false",
+    "schedule=constant",
     "train.precision=fp32",
     "train.global_batch=8",
     "launch.ranks=2",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -62,12 +64,36 @@ def _fits(model: nn.Module, where: torch.device) -> bool:
     return size * HEADROOM < free
 
 
+def _alias_tied(tied: list[list[str]], folder: Path) -> None:
+    """A tied weight on the disk is to be found under each of its names: the checkpoint has the first alone."""
+    index = folder / "index.json"
+    if not index.is_file():
+        return
+    stored = json.loads(index.read_text(encoding="utf-8"))
+    for names in tied:
+        kept = next((name for name in names if name in stored), None)
+        for name in names:
+            if kept is not None and name not in stored:
+                stored[name] = stored[kept]
+                os.link(folder / f"{kept}.dat", folder / f"{name}.dat")
+    index.write_text(json.dumps(stored), encoding="utf-8")
+
+
+def find_tied(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [same for same in names.values() if len(same) > 1]
+
+
 def _dispatch(model: Any, checkpoint: Path, where: torch.device, max_memory: dict[str, str] | None) -> None:
     from accelerate import dispatch_model, infer_auto_device_map, load_checkpoint_in_model
     from accelerate.utils import convert_file_size_to_int, get_max_memory
 
     model.tie_weights()
     check_names(model, checkpoint)
+    tied = find_tied(model)  # while they are
     limits: dict[int | str, int] = {}
     for device, size in (max_memory or {}).items():
         try:
@@ -87,5 +113,6 @@ def _dispatch(model: Any, checkpoint: Path, where: torch.device, max_memory: dic
     # The entry for no module: were the disk alone in it, accelerate would ask safetensors to read to a device "disk".
     places = device_map | {"-": "cpu"}
     load_checkpoint_in_model(model, checkpoint, places, offload_folder=folder.name, dtype=dtype)
+    _alias_tied(tied, Path(folder.name))
     dispatch_model(model, device_map, main_device=where, offload_dir=folder.name, force_hooks=True)
     model.device_map, model.offload_folder = device_map, folder  # which goes when the model does
