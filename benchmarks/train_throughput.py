@@ -319,6 +319,7 @@ def deepspeed_loop(settings: Config, device: torch.device, own: bool, compiled: 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # as bigtrain does: it would be built, never used
     deepspeed.init_distributed(dist_init_required=False, verbose=False)
     world_size = torch.distributed.get_world_size()
+    assert isinstance(settings.model, DecoderConfig)
     model: nn.Module = build(settings.model)
     if compiled:
         model.compile()

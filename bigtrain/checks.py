@@ -11,6 +11,7 @@ from bigtrain.config import (
     Config,
     DecoderConfig,
     EncoderConfig,
+    HuggingFaceConfig,
     LabelledDataConfig,
     MaskedLMConfig,
     ModelConfig,
@@ -51,6 +52,8 @@ def _check_model(model: ModelConfig) -> None:
     sizes = ("dim", "n_layers", "n_decoder_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "max_seq_len")
     for name in sizes:
         _positive(f"model.{name}", getattr(model, name, None))
+    if isinstance(model, HuggingFaceConfig):
+        return  # the rest is between its config.json and transformers
     _fraction("model.dropout", model.dropout)
     _positive("model.init_std", model.init_std, 0)
     if model.dim % model.n_heads:
@@ -71,7 +74,9 @@ def _check_task(config: Config) -> None:
     """Which model a task needs, which data, and the ranges of its own fields."""
     task, model, data = config.task, config.model, config.data
     wanted = {"causal_lm": "decoder", "instruction": "decoder", "translation": "seq2seq"}.get(task.kind, "encoder")
-    if model.kind != wanted:
+    if isinstance(model, HuggingFaceConfig):
+        _check_huggingface(config)
+    elif model.kind != wanted:
         choice = {"decoder": "gpt_mini", "seq2seq": "transformer_tiny"}.get(wanted, "bert_mini")
         raise ConfigError(
             "model.kind", model.kind, f"task={task.kind} needs a model of kind {wanted}", f"take model={choice}"
@@ -93,15 +98,29 @@ def _check_task(config: Config) -> None:
     if isinstance(task, QuestionAnsweringConfig):
         _check_windows(task, model)
     if isinstance(task, MaskedLMConfig):
-        assert isinstance(model, EncoderConfig)
         if not 0 < task.mask_fraction < 1:
             raise ConfigError("task.mask_fraction", task.mask_fraction, "must be above 0 and below 1")
-        if task.sentence != "none" and model.token_types < 2:
+        if isinstance(model, EncoderConfig) and task.sentence != "none" and model.token_types < 2:
             raise ConfigError(
                 "model.token_types", model.token_types, f"task.sentence={task.sentence} needs two segments"
             )
         if model.max_seq_len < 16:
             raise ConfigError("model.max_seq_len", model.max_seq_len, "too short for two segments", "take at least 16")
+
+
+def _check_huggingface(config: Config) -> None:
+    """What transformers' classes do not have, or what is found by our own models' names."""
+    if isinstance(config.task, MaskedLMConfig) and config.task.sentence != "none":
+        raise ConfigError(
+            "task.sentence", config.task.sentence, "model=hf has a head for masked tokens only",
+            "set task.sentence=none, or take model=pretrained if it is a BERT",
+        )  # fmt: skip
+    if getattr(config.data, "isolate_documents", False):
+        raise ConfigError("data.isolate_documents", True, "model=hf attends across documents", "set it to false")
+    if config.train.layer_lr_decay != 1:
+        raise ConfigError("train.layer_lr_decay", config.train.layer_lr_decay, "model=hf has layers of unknown names")
+    if isinstance(config.optimizer, MuonConfig):
+        raise ConfigError("optimizer.kind", "muon", "cannot tell model=hf's hidden matrices from the others")
 
 
 def _check_windows(task: QuestionAnsweringConfig, model: ModelConfig) -> None:

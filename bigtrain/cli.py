@@ -218,6 +218,12 @@ def _summarise(outcomes: list[Outcome]) -> None:
 # --------------------------------------------------------------------------------- commands that act on a run
 
 RUN = click.Path(exists=True, file_okay=False, path_type=Path)
+MAX_MEMORY = click.option(
+    "--max-memory",
+    multiple=True,
+    metavar="DEVICE=SIZE",
+    help="At most that of the model on it: cpu=8GiB, 0=20GiB (a GPU); may repeat. The rest goes to disk.",
+)
 
 
 @command.command()
@@ -230,9 +236,10 @@ RUN = click.Path(exists=True, file_okay=False, path_type=Path)
 @click.option("--num-beams", default=1, show_default=True, type=click.IntRange(min=1), help="Beam search if above 1.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@MAX_MEMORY
 def generate(
     run: Path, prompts: tuple[str, ...], max_new_tokens: int, temperature: float, top_k: int | None,
-    top_p: float | None, num_beams: int, seed: int, device: str,
+    top_p: float | None, num_beams: int, seed: int, device: str, max_memory: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Write on from a prompt with the model of RUN, or if it is an encoder-decoder, translate the prompt."""
     texts: list[str] = []
@@ -241,10 +248,11 @@ def generate(
     if not texts:
         raise click.UsageError("no prompt; give --prompt TEXT or lines on stdin")
     from bigtrain import generate as generation
+    from bigtrain.checkpoint import inference
 
     written = generation.run(
         run, texts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        num_beams=num_beams, seed=seed, device=device,
+        num_beams=num_beams, seed=seed, device=device, max_memory=inference.parse_memory(max_memory),
     )  # fmt: skip
     click.echo("\n\n".join(written))
 
@@ -267,10 +275,12 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 @click.option("--column", "columns", multiple=True, metavar="NAME=COLUMN", help="Which column holds text, label ...")
 @click.option("--batch", default=32, show_default=True, type=click.IntRange(min=1), help="Examples at a time.")
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
+@MAX_MEMORY
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write to; default: RUN/evaluation.")
 def evaluate(
-    run: Path, data: tuple[str, ...], columns: tuple[str, ...], batch: int, device: str, out: Path | None
-) -> None:
+    run: Path, data: tuple[str, ...], columns: tuple[str, ...], batch: int, device: str, max_memory: tuple[str, ...],
+    out: Path | None,
+) -> None:  # fmt: skip
     """Measure the model of RUN: a table with confidence intervals, metrics.json and predictions.jsonl."""
     pairs: dict[str, str | int] = {}
     for column in columns:
@@ -279,8 +289,12 @@ def evaluate(
             raise click.UsageError(f"--column {column}: NAME=COLUMN is wanted")
         pairs[name] = int(value) if value.isdigit() else value  # a file without a header: columns by number
     from bigtrain import evaluate as evaluation
+    from bigtrain.checkpoint import inference
 
-    metrics, written = evaluation.run(run, data=list(data), columns=pairs, batch=batch, device=device, out=out)
+    metrics, written = evaluation.run(
+        run, data=list(data), columns=pairs, batch=batch, device=device,
+        max_memory=inference.parse_memory(max_memory), out=out,
+    )  # fmt: skip
     click.echo(evaluation.table(metrics))
     click.echo(written)
 
@@ -332,10 +346,10 @@ def list_checkpoints(run: Path) -> None:
     click.echo(inspect.table(run))
 
 
-@checkpoint_group.command()
+@checkpoint_group.command("verify")
 @click.argument("run", type=RUN)
 @click.option("--set-aside", is_flag=True, help="Rename damaged ones to step-N.bad, so that the one before is used.")
-def verify(run: Path, set_aside: bool) -> int:
+def verify_checkpoints(run: Path, set_aside: bool) -> int:
     """Read every byte of RUN's checkpoints and compare it with the manifest. Exit status 1 if any is damaged."""
     from bigtrain.checkpoint import inspect
 

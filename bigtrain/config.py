@@ -98,7 +98,22 @@ class Seq2SeqConfig:
     init_std: float = 0.02  # of the linear layers; small ones learn faster from dim ** -0.5
 
 
-ModelConfig = DecoderConfig | EncoderConfig | Seq2SeqConfig
+@dataclass
+class HuggingFaceConfig:
+    """Any architecture that transformers has a class for, in transformers' own code and from a directory or hub model
+    with safetensors. What follows `pretrained` the command fills in, so that a run stands on its own."""
+
+    kind: Literal["hf"] = "hf"
+    path: str | None = None  # a directory, or the name of a hub model
+    max_seq_len: int = 0  # 0: as long as the model takes
+    pretrained: bool = True  # false: random weights of the same architecture
+    architecture: dict[str, Any] = field(default_factory=dict)  # the model's config.json
+    vocab_size: int | None = None
+    dim: int = 0  # of its token embeddings
+
+
+OurModelConfig = DecoderConfig | EncoderConfig | Seq2SeqConfig
+ModelConfig = OurModelConfig | HuggingFaceConfig
 
 
 @dataclass

@@ -16,8 +16,7 @@ import torch
 
 from bigtrain import config as configuration
 from bigtrain import confusion, tasks
-from bigtrain.checkpoint import newest
-from bigtrain.checkpoint.weights import load_into
+from bigtrain.checkpoint import inference, newest
 from bigtrain.config import LABELLED_TASKS, Config, LabelledDataConfig
 from bigtrain.data.encode_examples import record_kind
 from bigtrain.data.example_loader import Share
@@ -43,6 +42,7 @@ def run(
     columns: dict[str, str | int],
     batch: int = 32,
     device: str = "auto",
+    max_memory: dict[str, str] | None = None,
     out: Path | None = None,
 ) -> tuple[dict[str, Any], Path]:
     """Metrics of the newest checkpoint of `run`, and the directory with metrics.json and predictions.jsonl.
@@ -50,18 +50,16 @@ def run(
     `data` names labelled files of the run's task; empty: the held-out part of what the run was trained on. Metrics of
     tasks on examples have a bootstrap confidence interval (Efron 1979), `<name>_low` and `<name>_high`; a classifier
     also has a table by label, and confusion.png.
+    device and max_memory: as `inference.load` has them.
     Raises ConfigError for what is no run, has no checkpoint, or data that do not fit the run's task or labels.
     """
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device", device, "no CUDA device here", "take cpu or auto")
     config = configuration.load(run / "config.yaml")
     checkpoint = newest(run)
     if checkpoint is None:
         raise ConfigError("RUN", str(run), "holds no complete checkpoint", "train until the first one is saved")
     with _data(run, config, data, columns) as used:
         task = tasks.build(used)
-        model = load_model(task, used, checkpoint, where)
+        model, where = inference.load(lambda: task.build_model(used.model), checkpoint, device, max_memory)
         totals = measure(task, model, Share(0, 1, batch, batch, config.train.seed), where)
         metrics: dict[str, Any] = task.metrics(totals)
         out = out or run / "evaluation"
@@ -94,17 +92,6 @@ def _data(run: Path, config: Config, data: list[str], columns: dict[str, str | i
         tokenizer = find_tokenizer(str(run / "tokenizer"), "RUN")
         write_examples(Path(directory), used, tokenizer, labels, ((record, True) for record, _ in records.source()))
         yield used
-
-
-def load_model(task: Task, config: Config, checkpoint: Path, device: torch.device) -> torch.nn.Module:
-    """The trained model: bfloat16 on a GPU, float32 on a CPU."""
-    with torch.device("meta"):  # draws no weights that the checkpoint's would overwrite
-        model: Any = task.build_model(config.model)
-    model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).to_empty(device=device)
-    model.tie_weights()
-    load_into(model, checkpoint)
-    evaluated: torch.nn.Module = model.eval()
-    return evaluated
 
 
 @torch.inference_mode()

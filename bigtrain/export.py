@@ -11,13 +11,23 @@ from typing import Any
 from bigtrain import config as configuration
 from bigtrain.checkpoint import encryption, newest
 from bigtrain.checkpoint.weights import iterate_weights, write_weights
-from bigtrain.config import ClassificationConfig, Config, EncryptionConfig, MaskedLMConfig, TaggingConfig
+from bigtrain.config import (
+    ClassificationConfig,
+    Config,
+    EncryptionConfig,
+    HuggingFaceConfig,
+    MaskedLMConfig,
+    TaggingConfig,
+    TranslationConfig,
+)
+from bigtrain.data.encode_examples import translation_marks
 from bigtrain.data.tokenizer import find_tokenizer, load_tokenizer, special_ids, vocabulary_size
 from bigtrain.errors import ConfigError
 from bigtrain.model_card import model_card
 from bigtrain.models.huggingface import to_huggingface
 
 FORMATS = ("huggingface",)
+CAUSAL = ("causal_lm", "instruction")  # tasks of models that write on
 LABELS = "labels.json"  # of a run that learns labels: their names, in the order of the head's outputs
 
 
@@ -40,12 +50,20 @@ def export(run: Path, out: Path, encrypt: bool = False, key: EncryptionConfig | 
         raise ConfigError("RUN", str(run), "holds no complete checkpoint", "train until the first one is saved")
     tokenizer, tokens = read_tokenizer(run, config)
     task = config.task
-    settings, tensors = to_huggingface(
-        config.model, iterate_weights(checkpoint), architecture(config), labels(run, config), problem_type(config)
-    )
-    settings |= {name: tokens.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    if isinstance(task, (ClassificationConfig, TaggingConfig)):
-        settings["classifier_dropout"] = task.dropout
+    if isinstance(config.model, HuggingFaceConfig):
+        from bigtrain.models.huggingface import auto
+
+        names = labels(run, config)
+        settings, tensors = auto.to_huggingface(
+            config.model, iterate_weights(checkpoint), task.kind, names, problem_type(config), tokens
+        )
+    else:
+        settings, tensors = to_huggingface(
+            config.model, iterate_weights(checkpoint), architecture(config), labels(run, config), problem_type(config)
+        )
+        settings |= {name: tokens.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        if isinstance(task, (ClassificationConfig, TaggingConfig)):
+            settings["classifier_dropout"] = task.dropout
 
     staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     staging.mkdir(parents=True)
@@ -55,10 +73,12 @@ def export(run: Path, out: Path, encrypt: bool = False, key: EncryptionConfig | 
             assert key is not None
             encryption.encrypt_directory(staging, key, only="*.safetensors*")
         write_json(staging / "config.json", settings)
-        if task.kind == "causal_lm":
+        if task.kind in (*CAUSAL, "translation"):
             write_json(staging / "generation_config.json", generation_config(config, tokenizer, tokens))
         shutil.copyfile(run / "tokenizer" / "tokenizer.json", staging / "tokenizer.json")
-        write_json(staging / "tokenizer_config.json", tokenizer_config(config, tokens))
+        write_json(staging / "tokenizer_config.json", told(run) | tokenizer_config(config, tokens))
+        if (run / "tokenizer" / "chat_template.jinja").is_file():
+            shutil.copyfile(run / "tokenizer" / "chat_template.jinja", staging / "chat_template.jinja")
         (staging / "README.md").write_text(model_card(run, out.name, config, checkpoint), encoding="utf-8")
         for path in staging.glob("*.safetensors"):
             shutil.copymode(staging / "config.json", path)  # safetensors lets nobody else read what it writes
@@ -73,7 +93,7 @@ def architecture(config: Config) -> str:
     """What the exported model is for, as to_huggingface calls it."""
     if isinstance(config.task, MaskedLMConfig) and config.task.sentence != "none":
         return "pretraining"
-    return config.task.kind
+    return "causal_lm" if config.task.kind in CAUSAL else config.task.kind
 
 
 def labels(run: Path, config: Config) -> list[str] | None:
@@ -107,7 +127,7 @@ def read_tokenizer(run: Path, config: Config) -> tuple[Any, dict[str, Any]]:
     A causal model's documents begin and end with the same token, which also pads if there is none for that.
     """
     path = str(run / "tokenizer")
-    if config.task.kind == "causal_lm":
+    if config.task.kind in CAUSAL:
         tokenizer, eos_id = load_tokenizer(path, "RUN")
         known = special_ids(tokenizer)
         ids = {"bos": eos_id, "eos": eos_id, "pad": known.get("pad", eos_id)}
@@ -119,11 +139,24 @@ def read_tokenizer(run: Path, config: Config) -> tuple[Any, dict[str, Any]]:
     return tokenizer, named | {f"{name}_token_id": number for name, number in ids.items()}
 
 
+def told(run: Path) -> dict[str, Any]:
+    """What the tokenizer_config.json says that the run's tokenizer came with, but for the class: ours takes any."""
+    try:
+        values = json.loads((run / "tokenizer" / "tokenizer_config.json").read_text(encoding="utf-8"))
+        return {key: value for key, value in values.items() if key not in ("tokenizer_class", "auto_map", "backend")}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
 def tokenizer_config(config: Config, tokens: dict[str, Any]) -> dict[str, Any]:
     """tokenizer_config.json: the class that takes any tokenizer.json, in transformers 4 and 5."""
-    causal = config.task.kind == "causal_lm"
+    causal = config.task.kind in CAUSAL
     # A decoder must get no token_type_ids: transformers' GPT-2 would add the embeddings of those "tokens".
-    inputs = ["input_ids", "attention_mask"] if causal else ["input_ids", "token_type_ids", "attention_mask"]
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    if causal or (
+        isinstance(config.model, HuggingFaceConfig) and config.model.architecture.get("type_vocab_size", 0) < 2
+    ):
+        inputs.remove("token_type_ids")
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": config.model.max_seq_len,
@@ -135,6 +168,12 @@ def tokenizer_config(config: Config, tokens: dict[str, Any]) -> dict[str, Any]:
 
 def generation_config(config: Config, tokenizer: Any, tokens: dict[str, Any]) -> dict[str, Any]:
     """generation_config.json. Rows of the embedding that no token has (it is rounded up) are never written."""
+    if isinstance(config.model, HuggingFaceConfig) and config.task.kind == "translation":
+        marks = translation_marks(tokenizer, config.model)
+        return {
+            "decoder_start_token_id": marks["cls"], "eos_token_id": marks["sep"], "pad_token_id": marks["pad"],
+            "max_new_tokens": config.task.max_new_tokens if isinstance(config.task, TranslationConfig) else None,
+        }  # fmt: skip
     ids = {name: tokens[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     nobody = list(range(vocabulary_size(tokenizer), config.model.vocab_size or 0))
     return ids | ({"suppress_tokens": nobody} if nobody else {})

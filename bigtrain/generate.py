@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bigtrain import config as configuration
 from bigtrain import models
-from bigtrain.checkpoint import newest
-from bigtrain.checkpoint.weights import load_into
-from bigtrain.config import DecoderConfig, InstructionConfig, Seq2SeqConfig, TaskConfig, TranslationConfig
-from bigtrain.data.encode_examples import TranslationEncoder
+from bigtrain.checkpoint import inference, newest
+from bigtrain.config import Config, HuggingFaceConfig, InstructionConfig, ModelConfig, TranslationConfig
+from bigtrain.data.encode_examples import TranslationEncoder, translation_marks
 from bigtrain.data.encode_instructions import prompt_text
-from bigtrain.data.tokenizer import load_tokenizer, special_ids, vocabulary_size
+from bigtrain.data.tokenizer import load_tokenizer, vocabulary_size
 from bigtrain.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 BATCH = 16  # prompts written on at a time
+CPU = torch.device("cpu")
 
 
 def run(
@@ -38,6 +38,7 @@ def run(
     num_beams: int = 1,
     seed: int = 0,
     device: str = "auto",
+    max_memory: dict[str, str] | None = None,
 ) -> list[str]:
     """Each prompt with what the model of run directory `run` writes after it, to the end of the document at most.
     Of an encoder-decoder the prompt is the source, and the result is what it writes for that alone; of a model that was
@@ -49,27 +50,24 @@ def run(
     Raises ConfigError for what is no run, has no checkpoint, or a number out of range.
     """
     check_options(max_new_tokens, temperature, top_k, top_p, num_beams)
-    where = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device", device, "no CUDA device here", "take cpu or auto")
     config = configuration.load(run / "config.yaml")
-    if not isinstance(config.model, (DecoderConfig, Seq2SeqConfig)):
-        raise ConfigError("RUN", str(run), f"holds a model of kind {config.model.kind}, which does not write text")
+    if config.task.kind not in ("causal_lm", "instruction", "translation"):
+        raise ConfigError("RUN", str(run), f"holds a model for {config.task.kind}, which does not write text")
     checkpoint = newest(run)
     if checkpoint is None:
         raise ConfigError("RUN", str(run), "holds no complete checkpoint", "train until the first one is saved")
     tokenizer, eos_id = load_tokenizer(str(run / "tokenizer"), "RUN")
-    model = load_model(config.model, checkpoint, where)
+    model, where = inference.load(lambda: build(config.model, config.task.kind), checkpoint, device, max_memory)
     options: dict[str, Any] = {"num_beams": num_beams, "do_sample": temperature > 0}
     if temperature > 0:  # top_k 0 and top_p 1 are no restriction; transformers would take 50
         options |= {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
     torch.manual_seed(seed)
-    if isinstance(model, models.Seq2Seq):
-        return write_translations(model, prompts, tokenizer, config.task, max_new_tokens, options)
+    if isinstance(config.task, TranslationConfig):
+        return write_translations(model, prompts, tokenizer, config, max_new_tokens, options, where)
     answers = config.task if isinstance(config.task, InstructionConfig) else None
     given = [prompt_text(prompt, answers.template) for prompt in prompts] if answers else prompts
     encoded = [[eos_id, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in given]
-    written = write_on(model, encoded, eos_id, vocabulary_size(tokenizer), max_new_tokens, options)
+    written = write_on(model, encoded, eos_id, vocabulary_size(tokenizer), max_new_tokens, options, where)
     texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
     return texts if answers else [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
 
@@ -92,34 +90,32 @@ def check_options(
         )  # fmt: skip
 
 
-def load_model(
-    config: DecoderConfig | Seq2SeqConfig, checkpoint: Path, device: torch.device
-) -> models.Decoder | models.Seq2Seq:
-    """The trained model, ready to write: bfloat16 on a GPU, float32 on a CPU, which has no faster type everywhere."""
-    with torch.device("meta"):  # draws no weights that the checkpoint's would overwrite
-        model = models.Seq2Seq(config) if isinstance(config, Seq2SeqConfig) else models.Decoder(config)
-    model.to(torch.bfloat16 if device.type == "cuda" else torch.float32).to_empty(device=device)
-    model.tie_weights()
-    load_into(model, checkpoint)
-    return model.eval()
+def build(config: ModelConfig, task: str) -> nn.Module:
+    """The model of a run that writes text."""
+    if not isinstance(config, HuggingFaceConfig):
+        return models.build(config)
+    with quiet():
+        from bigtrain.models.huggingface import auto
+    return auto.Seq2Seq(config) if task == "translation" else auto.CausalLM(config)
 
 
 @torch.inference_mode()
 def write_translations(
-    model: models.Seq2Seq,
+    model: nn.Module,
     sources: list[str],
     tokenizer: Any,
-    task: TaskConfig,
+    config: Config,
     max_new_tokens: int,
     options: dict[str, Any],
+    device: torch.device = CPU,
 ) -> list[str]:
     """What the model makes of each source; one that is too long is cut as in training, and a warning says so."""
     with quiet():
         from bigtrain.models.generation import translate
 
-    assert isinstance(task, TranslationConfig)
-    special, device = special_ids(tokenizer), model.embedding.weight.device
-    encoder = TranslationEncoder(task, tokenizer, model.config.max_seq_len)
+    assert isinstance(config.task, TranslationConfig)
+    special, layers = translation_marks(tokenizer, config.model), models.decoder_layers(model)
+    encoder = TranslationEncoder(config.task, tokenizer, config.model)
     texts: list[str] = []
     for begin in range(0, len(sources), BATCH):
         encoded = encoder.sources(sources[begin : begin + BATCH])
@@ -127,7 +123,7 @@ def write_translations(
         tokens = torch.tensor([row + [special["pad"]] * (length - len(row)) for row in encoded], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in encoded], device=device)
         written = translate(
-            model, model.config, model(tokens, mask), mask, special, vocabulary_size(tokenizer), max_new_tokens, options
+            model, layers, model(tokens, mask), mask, special, vocabulary_size(tokenizer), max_new_tokens, options
         )
         texts += tokenizer.decode_batch(written)
     if encoder.cut:
@@ -136,12 +132,13 @@ def write_translations(
 
 
 def write_on(
-    decoder: models.Decoder,
+    decoder: Any,
     prompts: list[list[int]],
     eos_id: int,
     vocab_size: int,
     max_new_tokens: int,
     options: dict[str, Any],
+    device: torch.device = CPU,
 ) -> list[list[int]]:
     """The new tokens after each of `prompts`, the closing eos_id not among them. `options`: of GenerationConfig.
 
@@ -156,7 +153,7 @@ def write_on(
         for indices in (same[start : start + BATCH] for start in range(0, len(same), BATCH)):
             batch = [fitted[index][0] for index in indices]
             for index, tokens in zip(
-                indices, _generate(decoder, batch, eos_id, vocab_size, room, options), strict=True
+                indices, _generate(decoder, batch, eos_id, vocab_size, room, options, device), strict=True
             ):
                 written[index] = tokens
     return written
@@ -182,21 +179,26 @@ def fit(prompt: list[int], max_new_tokens: int, max_seq_len: int) -> tuple[list[
 
 @torch.inference_mode()
 def _generate(
-    decoder: models.Decoder,
+    decoder: Any,
     prompts: list[list[int]],
     eos_id: int,
     vocab_size: int,
     max_new_tokens: int,
     options: dict[str, Any],
+    device: torch.device = CPU,
 ) -> list[list[int]]:
     with quiet():
         from transformers import GenerationConfig
 
         from bigtrain.models.generation import DecoderForGeneration
 
-    tokens, mask = pad_left(prompts, eos_id, decoder.embedding.weight.device)
+    tokens, mask = pad_left(prompts, eos_id, device)
     settings = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=eos_id, pad_token_id=eos_id, **options)
-    model = DecoderForGeneration(decoder, vocab_size)
+    if isinstance(decoder, models.Decoder):
+        model: Any = DecoderForGeneration(decoder, vocab_size)
+    else:  # transformers' own; words that do not exist are never written
+        model = decoder.model
+        settings.suppress_tokens = list(range(vocab_size, decoder.config.vocab_size)) or None
     output = model.generate(tokens, attention_mask=mask, generation_config=settings)[:, tokens.size(1) :].tolist()
     return [row[: row.index(eos_id)] if eos_id in row else row for row in output]
 

@@ -42,7 +42,13 @@ USES = {
         "output = model(**inputs)\n"
         "print(output.start_logits.argmax(-1), output.end_logits.argmax(-1))  # tokens; both 0: no answer",
     ),
+    "translation": (
+        "translation", "AutoModelForSeq2SeqLM",
+        'inputs = tokenizer("A text.", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))",
+    ),
 }  # fmt: skip
+USES["instruction"] = USES["causal_lm"]
 
 
 def model_card(run: Path, name: str, config: Config, checkpoint: Path) -> str:

@@ -7,6 +7,7 @@ RUN_DIR/failures/rank-N.json for the command that started the run, which prints 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -142,6 +143,10 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
     if host.rank == 0:
         (run_dir / "tokenizer").mkdir(exist_ok=True)  # so that the run stands on its own
         shutil.copyfile(task.tokenizer_file, run_dir / "tokenizer" / "tokenizer.json")
+        if config.model.kind == "hf":  # which says more of its tokens than ours do
+            for name in ("tokenizer_config.json", "chat_template.jinja"):
+                with contextlib.suppress(OSError):
+                    shutil.copyfile(Path(config.data.tokenizer.path or "") / name, run_dir / "tokenizer" / name)
         if task.labels:
             write_atomic(run_dir / LABELS, json.dumps(task.labels, ensure_ascii=False, indent=1))
         name = "ds_config.json" if config.engine.kind == "deepspeed" else "engine_config.json"

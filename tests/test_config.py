@@ -29,6 +29,7 @@ NEEDED = {
     ("optimizer", "adafactor"): ["engine=zero0"],
     ("model", "modern_bert_base"): ["task.sentence=none"],  # it has no segments
     ("model", "pretrained"): [f"model.path={MINILM}", "task=masked_lm"],
+    ("model", "hf"): [f"model.path={MINILM}", "task=masked_lm", "task.sentence=none"],
     ("experiment", "finetune"): [f"model.path={MINILM}", "data.path=texts.tsv"],
     ("experiment", "finetune_tagging"): [f"model.path={MINILM}", "data.path=tagged.conll"],
 }
@@ -72,7 +73,12 @@ def test_every_shipped_choice_is_valid(group: str, choice: str) -> None:
     assert schema.from_dict(yaml.safe_load(schema.dump(config))) == config
     ours = yaml.safe_load(text) or {}
     for key, value in ours.get(group, {}).items() if group in ours else ours.items():
-        if group != "experiment" and choice != "pretrained" and key != "defaults" and not isinstance(value, dict):
+        if (
+            group != "experiment"
+            and choice not in ("pretrained", "hf")
+            and key != "defaults"
+            and not isinstance(value, dict)
+        ):
             assert getattr(getattr(config, group), key) == value
 
 

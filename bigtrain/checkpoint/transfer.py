@@ -20,7 +20,11 @@ def load_initial(model: nn.Module, source: str) -> Report:
     Raises BigtrainError if nothing does, ConfigError if there are no weights that can be read.
     """
     path = Path(source)
-    if is_huggingface(path):
+    if is_huggingface(path) and is_transformers(model):
+        from bigtrain.models.huggingface import auto
+
+        tensors = auto.iterate_weights(model, path, reads(model))  # type: ignore[arg-type]
+    elif is_huggingface(path):
         tensors = huggingface.iterate_weights(path, huggingface.read_config(path), read=reads(model))
     else:
         tensors = iterate_weights(candidates(path, source)[0], reads(model))
@@ -33,6 +37,11 @@ def load_initial(model: nn.Module, source: str) -> Report:
 
 def is_huggingface(path: Path) -> bool:
     return (path / "config.json").is_file()
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether the model is one of transformers in our wrapping; asked without importing transformers."""
+    return hasattr(model, "block_names")
 
 
 def described(report: Report, source: str) -> str:

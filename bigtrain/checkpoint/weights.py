@@ -103,6 +103,18 @@ def load_into(model: nn.Module, directory: Path) -> None:
         raise BigtrainError(f"{directory}: has no parameter {next(iter(parameters))}, which this model needs")
 
 
+def check_names(model: nn.Module, directory: Path) -> None:
+    """Raises BigtrainError as `load_into` would, and reads no bytes."""
+    shapes = {name: tensor.shape for name, tensor in iterate_weights(directory, read=False)}
+    for name, parameter in model.named_parameters():
+        shape = shapes.pop(name, None)
+        if shape != parameter.shape:
+            found = "nothing" if shape is None else str(tuple(shape))
+            raise BigtrainError(f"{directory}: has {found} for parameter {name} {tuple(parameter.shape)} of this model")
+    if shapes:
+        raise BigtrainError(f"{directory}: parameter {next(iter(shapes))} is not in this model; is model=... the same?")
+
+
 @dataclass(frozen=True)
 class Report:
     """What `load_matching` did, by parameter name."""

@@ -8,7 +8,9 @@ from typing import Any, Protocol
 from bigtrain.config import (
     ClassificationConfig,
     Config,
+    HuggingFaceConfig,
     InstructionConfig,
+    ModelConfig,
     QuestionAnsweringConfig,
     TaggingConfig,
     TaskConfig,
@@ -53,7 +55,7 @@ def example_encoder(config: Config, tokenizer: Any) -> ExampleEncoder:
         eos_id = special_ids(tokenizer)["eos"]
         return InstructionEncoder(config.task, tokenizer, eos_id, config.model.max_seq_len)
     if isinstance(config.task, TranslationConfig):
-        return TranslationEncoder(config.task, tokenizer, config.model.max_seq_len)
+        return TranslationEncoder(config.task, tokenizer, config.model)
     if isinstance(config.task, TaggingConfig):
         return TaggingEncoder(config.task, tokenizer, config.model.max_seq_len)
     if isinstance(config.task, QuestionAnsweringConfig):
@@ -148,11 +150,21 @@ class TaggingEncoder:
 
 
 class TranslationEncoder:
-    """A source and a target, each between [CLS] and [SEP]: what the decoder starts from and ends with."""
+    """A source and a target, each between [CLS] and [SEP]: what the decoder starts from and ends with.
 
-    def __init__(self, task: TranslationConfig, tokenizer: Any, max_seq_len: int) -> None:
-        self.tokenizer, self.length, self.cut = tokenizer, min(task.max_length or max_seq_len, max_seq_len), 0
-        self.start, self.end = (special_ids(tokenizer)[name] for name in ("cls", "sep"))
+    Of a model of transformers each is between its tokenizer's own marks, a target after the decoder's start token too.
+    """
+
+    def __init__(self, task: TranslationConfig, tokenizer: Any, model: ModelConfig) -> None:
+        self.tokenizer, self.cut = tokenizer, 0
+        self.length = min(task.max_length or model.max_seq_len, model.max_seq_len)
+        marks = translation_marks(tokenizer, model)
+        self.before, self.after, self.start = [marks["cls"]], [marks["sep"]], []
+        if isinstance(model, HuggingFaceConfig):
+            self.before, self.after = _own_marks(tokenizer)
+            self.start = [marks["cls"]]
+            if marks["sep"] not in self.after:
+                self.after = [marks["sep"], *self.after]
 
     def labels_of(self, record: Record) -> list[str]:
         return []
@@ -161,7 +173,9 @@ class TranslationEncoder:
         sources, source_cuts = self._enclosed([record["source"] for record in records])
         targets, target_cuts = self._enclosed([record["target"] for record in records])
         self.cut += sum(map(max, source_cuts, target_cuts))
-        return [[{"tokens": source, "target": target}] for source, target in zip(sources, targets, strict=True)]
+        return [
+            [{"tokens": source, "target": self.start + target}] for source, target in zip(sources, targets, strict=True)
+        ]
 
     def sources(self, texts: list[str]) -> list[list[int]]:
         """Sources without a target."""
@@ -173,8 +187,36 @@ class TranslationEncoder:
         """Each text's tokens, and whether some had to be left out."""
         self.tokenizer.no_truncation()
         encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        room = self.length - 2
+        room = self.length - len(self.before) - len(self.after)
         return (
-            [[self.start, *encoding.ids[:room], self.end] for encoding in encodings],
+            [[*self.before, *encoding.ids[:room], *self.after] for encoding in encodings],
             [len(encoding.ids) > room for encoding in encodings],
         )
+
+
+def translation_marks(tokenizer: Any, model: ModelConfig) -> dict[str, int]:
+    """{cls: what a decoder starts from, sep: what it ends with, pad}.
+
+    Raises ConfigError where a tokenizer and a model of transformers name no end of a text.
+    """
+    found = special_ids(tokenizer)
+    if isinstance(model, HuggingFaceConfig):
+        theirs = model.architecture
+        end = theirs.get("eos_token_id")
+        end = end[0] if isinstance(end, list) else end
+        end = found.get("eos") if end is None else end
+        if end is None:
+            raise ConfigError(
+                "data.tokenizer.path", model.path, "no end-of-text token in it or the model's config.json"
+            )
+        pad = theirs.get("pad_token_id")
+        found |= {"cls": theirs["decoder_start_token_id"], "sep": end, "pad": end if pad is None else pad}
+    return {name: found[name] for name in ("cls", "sep", "pad")}
+
+
+def _own_marks(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """What the tokenizer puts before and after a text."""
+    tokenizer.no_truncation()
+    encoding = tokenizer.encode("a")
+    own = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
+    return encoding.ids[: own[0]], encoding.ids[own[-1] + 1 :]

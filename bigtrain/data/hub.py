@@ -72,6 +72,23 @@ def tokenizer_file(name: str, key: str) -> Path:
     return file
 
 
+def model_directory(name: str, key: str) -> Path:
+    """The files of a hub model that say what it is: config, safetensors, tokenizer. From the local hub cache if they
+    are there. Raises ConfigError."""
+    from huggingface_hub import snapshot_download
+
+    wanted = ["*.json", "*.safetensors", "*.jinja"]
+    with suppress(Exception):
+        found = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+        if (found / "config.json").exists() and any(found.glob("*.safetensors")):
+            return found
+    revision = _revision("model", name, key)
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted, revision=revision))
+    except Exception as error:
+        raise ConfigError(key, name, f"cannot be had from the hub ({_first_line(error)})") from None
+
+
 def _revision(kind: str, name: str, key: str) -> str:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError

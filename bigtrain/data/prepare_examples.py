@@ -14,8 +14,17 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from bigtrain.config import Config, DecoderConfig, LabelledDataConfig, StdlibDataConfig
-from bigtrain.data.encode_examples import ExampleEncoder, example_encoder, record_kind
+from bigtrain.config import (
+    Config,
+    DecoderConfig,
+    HuggingFaceConfig,
+    InstructionConfig,
+    LabelledDataConfig,
+    QuestionAnsweringConfig,
+    StdlibDataConfig,
+    TranslationConfig,
+)
+from bigtrain.data.encode_examples import ExampleEncoder, example_encoder, record_kind, translation_marks
 from bigtrain.data.examples import FORMAT, RECORDS, ExampleWriter, PreparedExamples, load_examples
 from bigtrain.data.locks import locked, writing
 from bigtrain.data.records import Record, Records, open_records
@@ -68,6 +77,13 @@ def _marks_texts(config: Config) -> bool:
     return not isinstance(config.model, DecoderConfig)
 
 
+def _needed(config: Config) -> tuple[str, ...]:
+    """Special tokens that the tokenizer must have. A model of transformers has its own around a text."""
+    if isinstance(config.model, HuggingFaceConfig) and not isinstance(config.task, InstructionConfig):
+        return ("cls",) if isinstance(config.task, QuestionAnsweringConfig) else ()
+    return ("pad", "cls", "sep") if _marks_texts(config) else ("eos",)
+
+
 def _fingerprint(config: Config, records: Records, tokenizer: dict[str, Any]) -> str:
     task = {key: getattr(config.task, key, None) for key in ("kind", "regression", "max_length", "stride", "template")}
     parts = {
@@ -77,6 +93,9 @@ def _fingerprint(config: Config, records: Records, tokenizer: dict[str, Any]) ->
         "task": task,
         "max_seq_len": config.model.max_seq_len,
     }
+    if isinstance(config.model, HuggingFaceConfig):
+        names = ("pad_token_id", "decoder_start_token_id", "eos_token_id")
+        parts["special_ids"] = {name: config.model.architecture.get(name) for name in names}
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
@@ -102,8 +121,11 @@ def write_examples(
 ) -> None:
     """Encode (record, held out) pairs into `directory`. Raises ConfigError for a label that is not one of `labels`."""
     special = special_ids(tokenizer)
-    marks = ("pad", "cls", "sep") if _marks_texts(config) else ("eos",)
-    require_special(special, marks, config.data.tokenizer.path)
+    require_special(special, _needed(config), config.data.tokenizer.path)
+    if isinstance(config.model, HuggingFaceConfig) and isinstance(config.model.architecture.get("pad_token_id"), int):
+        special["pad"] = config.model.architecture["pad_token_id"]
+    if isinstance(config.model, HuggingFaceConfig) and isinstance(config.task, TranslationConfig):
+        special |= translation_marks(tokenizer, config.model)
     special.setdefault("pad", special.get("eos", 0))  # of a decoder, which never looks at it
     encoder = example_encoder(config, tokenizer)
     label_ids = {label: number for number, label in enumerate(labels)}

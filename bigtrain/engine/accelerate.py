@@ -51,6 +51,8 @@ class AccelerateEngine:
             fsdp_plugin=plugin,
         )
         model = build_model().to(device)
+        if plugin is not None and (names := getattr(model, "block_names", None)):
+            plugin.transformer_cls_names_to_wrap = names
         groups = optimizers.parameter_groups(model, config.optimizer, config.train.layer_lr_decay)
         optimizer = optimizers.build(config.optimizer, groups, device, offloaded=False)
         optimizers.remember_peak_lr(optimizer)

@@ -1,4 +1,5 @@
-"""`model=pretrained`: the architecture, weights and tokenizer of a run or a Hugging Face directory."""
+"""`model=pretrained` and `model=hf`: architecture, weights and tokenizer of a run, a Hugging Face directory or a hub
+model."""
 
 from __future__ import annotations
 
@@ -7,25 +8,32 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain import config as schema
-from bigtrain.config import EncoderConfig, PretrainedConfig, Seq2SeqConfig
+from bigtrain.config import EncoderConfig, HuggingFaceConfig, PretrainedConfig
+from bigtrain.data import hub
 from bigtrain.errors import ConfigError
 
 
 def resolved(data: dict[str, Any]) -> dict[str, Any]:
-    """A composed config with `model=pretrained` replaced by the model that is there; any other as it is.
+    """A composed config with `model=pretrained` or `model=hf` completed by the model that is there; any other as it is.
 
     Raises ConfigError if there is none, or longer sequences are asked for than its positions allow, or what only an
     encoder can do.
     """
     model = data.get("model")
+    if isinstance(model, dict) and model.get("kind") == "hf":
+        return _completed(data, schema.section(HuggingFaceConfig, model, "model"))
     if not isinstance(model, dict) or model.get("kind") != "pretrained":
         return data
     asked = schema.section(PretrainedConfig, model, "model")
     if not asked.path:
         raise ConfigError("model.path", asked.path, "missing", "name a run or a Hugging Face directory")
-    path = Path(os.path.abspath(os.path.expanduser(asked.path)))
+    path = _directory(asked.path)
     found = _architecture(path)
-    learned = not isinstance(found, Seq2SeqConfig) and found.positions == "learned"
+    if isinstance(found, HuggingFaceConfig):
+        if asked.dropout is not None:
+            raise ConfigError("model.dropout", asked.dropout, "transformers' models have several", "leave it null")
+        return _starting(_shortened(data, found, asked.max_seq_len or 0), path)
+    learned = getattr(found, "positions", "") == "learned"
     if asked.max_seq_len is not None:
         if learned and asked.max_seq_len > found.max_seq_len:
             raise ConfigError("model.max_seq_len", asked.max_seq_len, f"{path} has {found.max_seq_len} positions")
@@ -38,18 +46,50 @@ def resolved(data: dict[str, Any]) -> dict[str, Any]:
             raise ConfigError("model.unpadded", asked.unpadded, f"for encoders only; {path} has a {found.kind}")
         found.unpadded = asked.unpadded
     changed: dict[str, Any] = {"model": schema.to_dict(found)}
-    if data.get("init_from") is None:
+    task = data.get("task")
+    if learned and isinstance(task, dict) and task.get("max_length", 0) is None:
+        # The table of positions stays as long as it was learned; the examples are what is shorter.
+        changed["task"] = task | {"max_length": asked.max_seq_len}
+    return _starting(data | changed, path)
+
+
+def _completed(data: dict[str, Any], asked: HuggingFaceConfig) -> dict[str, Any]:
+    """With what transformers has for the directory or hub model that `model=hf` names."""
+    if not asked.path:
+        raise ConfigError("model.path", asked.path, "missing", "name a Hugging Face directory or hub model")
+    from bigtrain.models.huggingface import auto
+
+    task, path = data.get("task"), _directory(asked.path)
+    kind = task.get("kind", "causal_lm") if isinstance(task, dict) else "causal_lm"
+    if kind not in auto.CLASSES:
+        return data  # the schema says which tasks there are
+    found = auto.read_config(path, kind, asked.pretrained)
+    return _starting(_shortened(data, found, asked.max_seq_len), path, weights=asked.pretrained)
+
+
+def _shortened(data: dict[str, Any], found: HuggingFaceConfig, length: int) -> dict[str, Any]:
+    if length > found.max_seq_len:
+        raise ConfigError("model.max_seq_len", length, f"{found.path} takes {found.max_seq_len} tokens")
+    return data | {"model": schema.to_dict(found) | {"max_seq_len": length or found.max_seq_len}}
+
+
+def _starting(data: dict[str, Any], path: Path, weights: bool = True) -> dict[str, Any]:
+    """With the weights and the tokenizer from there too, where others are not asked for."""
+    changed: dict[str, Any] = {}
+    if weights and data.get("init_from") is None:
         changed["init_from"] = str(path)
     settings = data.get("data")
     if isinstance(settings, dict) and isinstance(settings.get("tokenizer"), dict):
         tokenizer = settings["tokenizer"]
         if tokenizer.get("path") is None:
             changed["data"] = settings | {"tokenizer": tokenizer | {"path": str(path)}}
-    task = data.get("task")
-    if learned and isinstance(task, dict) and task.get("max_length", 0) is None:
-        # The table of positions stays as long as it was learned; the examples are what is shorter.
-        changed["task"] = task | {"max_length": asked.max_seq_len}
     return data | changed
+
+
+def _directory(path: str) -> Path:
+    """A directory as it is named, or where the hub's model of that name has been fetched to."""
+    given = Path(os.path.abspath(os.path.expanduser(path)))
+    return given if given.exists() or not hub.looks_like_name(path) else hub.model_directory(path, "model.path")
 
 
 def _architecture(path: Path) -> schema.ModelConfig:

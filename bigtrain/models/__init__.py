@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from typing import overload
+from typing import Any, overload
 
-from bigtrain.config import DecoderConfig, EncoderConfig, ModelConfig, Seq2SeqConfig
+from torch import nn
+
+from bigtrain.config import DecoderConfig, EncoderConfig, OurModelConfig, Seq2SeqConfig
 from bigtrain.models.decoder import Decoder
 from bigtrain.models.encoder import Encoder
 from bigtrain.models.seq2seq import Seq2Seq
 from bigtrain.models.sizes import count_parameters, flops_per_token
 
-__all__ = ["Decoder", "Encoder", "Seq2Seq", "build", "count_parameters", "flops_per_token"]
+__all__ = ["Decoder", "Encoder", "Seq2Seq", "build", "count_parameters", "decoder_layers", "flops_per_token"]
+
+
+def decoder_layers(model: nn.Module) -> int:
+    """Of an encoder-decoder, ours or transformers', or an engine's wrapper of one."""
+    inner: Any = getattr(model, "module", model)
+    layers: int = inner.n_decoder_layers
+    return layers
 
 
 @overload
@@ -20,9 +29,9 @@ def build(config: EncoderConfig) -> Encoder: ...
 @overload
 def build(config: Seq2SeqConfig) -> Seq2Seq: ...
 @overload
-def build(config: ModelConfig) -> Decoder | Encoder | Seq2Seq: ...
-def build(config: ModelConfig) -> Decoder | Encoder | Seq2Seq:
-    """The model that `config` describes, on the current default device (`with torch.device(...)`) and dtype."""
+def build(config: OurModelConfig) -> Decoder | Encoder | Seq2Seq: ...
+def build(config: OurModelConfig) -> Decoder | Encoder | Seq2Seq:
+    """Our model that `config` describes, on the current default device (`with torch.device(...)`) and dtype."""
     if isinstance(config, Seq2SeqConfig):
         return Seq2Seq(config)
     return Encoder(config) if isinstance(config, EncoderConfig) else Decoder(config)

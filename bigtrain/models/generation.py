@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, Seq2SeqLMOutput
 
-from bigtrain.config import Seq2SeqConfig
 from bigtrain.models.decoder import Decoder
 
 # transformers 5.24 renamed the cache, as `generate` passes it to a model and looks for it in what the model returns.
@@ -69,12 +68,10 @@ class Seq2SeqForGeneration(PreTrainedModel, GenerationMixin):
     config_class = PreTrainedConfig
     main_input_name = "input_ids"
 
-    def __init__(self, model: nn.Module, shape: Seq2SeqConfig, vocab_size: int) -> None:
+    def __init__(self, model: nn.Module, n_decoder_layers: int, vocab_size: int) -> None:
         super().__init__(
-            PreTrainedConfig(
-                num_hidden_layers=shape.n_decoder_layers, vocab_size=vocab_size, is_encoder_decoder=True
-            )
-        )  # fmt: skip
+            PreTrainedConfig(num_hidden_layers=n_decoder_layers, vocab_size=vocab_size, is_encoder_decoder=True)
+        )
         self.model, self.vocab_size = model, vocab_size
 
     def forward(
@@ -94,7 +91,7 @@ class Seq2SeqForGeneration(PreTrainedModel, GenerationMixin):
 
 def translate(
     model: nn.Module,
-    shape: Seq2SeqConfig,
+    n_decoder_layers: int,
     memory: Tensor,
     attention_mask: Tensor,
     special_ids: dict[str, int],
@@ -115,7 +112,7 @@ def translate(
         max_new_tokens=max_new_tokens,
         **options,
     )
-    output = Seq2SeqForGeneration(model, shape, vocab_size).generate(
+    output = Seq2SeqForGeneration(model, n_decoder_layers, vocab_size).generate(
         attention_mask=attention_mask,
         encoder_outputs=BaseModelOutput(last_hidden_state=memory),
         generation_config=settings,

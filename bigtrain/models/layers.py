@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigtrain.config import DecoderConfig, EncoderConfig, ModelConfig
+from bigtrain.config import DecoderConfig, EncoderConfig, OurModelConfig
 from bigtrain.models import cpu_kernels
 from bigtrain.models.unpadded import Unpadded
 
@@ -65,7 +65,7 @@ class Dropout(nn.Dropout):
         return super().forward(input)
 
 
-def make_norm(config: ModelConfig) -> nn.Module:
+def make_norm(config: OurModelConfig) -> nn.Module:
     if config.norm == "rmsnorm":
         return nn.RMSNorm(config.dim, config.norm_eps)
     return nn.LayerNorm(config.dim, config.norm_eps, bias=config.bias)
@@ -97,7 +97,7 @@ class Attention(nn.Module):
     `qkv` holds the projections of queries, keys and values one below the other: one matmul instead of three.
     """
 
-    def __init__(self, config: ModelConfig, layer_index: int, causal: bool) -> None:
+    def __init__(self, config: OurModelConfig, layer_index: int, causal: bool) -> None:
         super().__init__()
         self.layer_index = layer_index
         self.causal = causal
@@ -150,7 +150,7 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """down(act(up(x))); with SwiGLU and GeGLU (arXiv 2002.05202) `up` holds the gate's rows, then the values' rows."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: OurModelConfig) -> None:
         super().__init__()
         self.activation = config.activation
         ffn_dim = config.ffn_dim or 4 * config.dim
@@ -176,7 +176,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Pre-norm: x + attention(norm(x)), then x + feed_forward(norm(x)). Post-norm (BERT): norm(x + attention(x)) ..."""
 
-    def __init__(self, config: ModelConfig, layer_index: int, causal: bool | None = None) -> None:
+    def __init__(self, config: OurModelConfig, layer_index: int, causal: bool | None = None) -> None:
         """causal: None for what the kind of the config says."""
         super().__init__()
         causal = isinstance(config, DecoderConfig) if causal is None else causal
@@ -198,7 +198,7 @@ class Block(nn.Module):
         return self.feed_forward_norm(x + self.dropout(self.feed_forward(x)))
 
 
-def residual_std(config: ModelConfig) -> float:
+def residual_std(config: OurModelConfig) -> float:
     """Projections that write into the residual stream start smaller, so that its variance does not grow with depth
     (GPT-2 report, section 2.3; Megatron-LM does the same for Llama). Post-norm keeps it from growing by itself."""
     if isinstance(config, EncoderConfig) and not config.norm_first:

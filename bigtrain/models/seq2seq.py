@@ -34,7 +34,7 @@ class Seq2Seq(Network):
         super().__init__()
         if config.vocab_size is None:
             raise ValueError("Seq2SeqConfig.vocab_size must be set before the model is built")
-        self.config = config
+        self.config, self.n_decoder_layers = config, config.n_decoder_layers
         # As the paper's code has it: embeddings of the positions' size once they are scaled by sqrt(dim), and logits of
         # size 1, for which the same table is not scaled.
         self.embedding = Embedding(config.vocab_size, config.dim, config.dim**-0.5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bigtrain.config import EncoderConfig, ModelConfig, Seq2SeqConfig
+from bigtrain.config import EncoderConfig, HuggingFaceConfig, ModelConfig, Seq2SeqConfig
 from bigtrain.models.decoder import Decoder
 from bigtrain.models.encoder import Encoder
 from bigtrain.models.seq2seq import Seq2Seq
@@ -12,6 +12,10 @@ from bigtrain.models.seq2seq import Seq2Seq
 
 def count_parameters(config: ModelConfig) -> int:
     """Distinct parameters: a tied embedding counts once. An encoder's without any task's head."""
+    if isinstance(config, HuggingFaceConfig):
+        from bigtrain.models.huggingface.auto import count_parameters as count
+
+        return count(config)
     with torch.device("meta"):
         if isinstance(config, Seq2SeqConfig):
             model: torch.nn.Module = Seq2Seq(config)
@@ -27,7 +31,10 @@ def flops_per_token(config: ModelConfig) -> float:
     values (PaLM, arXiv 2204.02311, appendix B, which counts the full square: causal attention does half of it).
     An encoder's are those of its blocks, at T = max_seq_len; a task's head comes on top.
     An encoder-decoder's are the mean over the tokens of a source and of a target that are both T = max_seq_len long.
+    Of an architecture that is transformers' 6 per weight, whatever it is for: an estimate.
     """
+    if isinstance(config, HuggingFaceConfig):
+        return 6.0 * count_parameters(config)
     assert config.vocab_size is not None
     if isinstance(config, Seq2SeqConfig):
         scores = 12.0 * (config.n_layers + 2 * config.n_decoder_layers) * config.dim * config.max_seq_len

@@ -11,7 +11,7 @@ from torch import nn
 
 from bigtrain import models
 from bigtrain.batch import IGNORED, Batch, LossSums
-from bigtrain.config import CausalLMConfig, Config, LabelledDataConfig, ModelConfig
+from bigtrain.config import CausalLMConfig, Config, HuggingFaceConfig, LabelledDataConfig, ModelConfig
 from bigtrain.data import load_prepared
 from bigtrain.data.example_loader import Share
 from bigtrain.data.loader import EvalLoader, TrainLoader
@@ -32,6 +32,10 @@ class CausalLM:
         self.isolate_documents = config.data.isolate_documents
 
     def build_model(self, config: ModelConfig) -> nn.Module:
+        if isinstance(config, HuggingFaceConfig):
+            from bigtrain.models.huggingface import auto
+
+            return auto.CausalLM(config)
         return models.build(config)
 
     def train_loader(self, share: Share) -> TrainLoader:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigtrain.batch import IGNORED, Batch, LossSums
-from bigtrain.config import ClassificationConfig, Config, ModelConfig
+from bigtrain.config import ClassificationConfig, Config, HuggingFaceConfig, ModelConfig
 from bigtrain.data.example_loader import Rows, stack
 from bigtrain.models.heads import ClassificationHead
 from bigtrain.tasks import metrics
@@ -28,8 +28,12 @@ class Classification(LabelledTask):
         self.config, self.dim = config.task, config.model.dim
 
     def build_model(self, config: ModelConfig) -> nn.Module:
-        backbone = build_encoder(config, pooled=True)
         outputs = 1 if self.config.regression else len(self.labels)
+        if isinstance(config, HuggingFaceConfig):
+            from bigtrain.models.huggingface import auto
+
+            return auto.Classifier(config, "classification", outputs, self.special_ids["pad"])
+        backbone = build_encoder(config, pooled=True)
         head = ClassificationHead(backbone.config, outputs, self.config.dropout)
         return WithHead(backbone, head, pooled=True)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from bigtrain import models
 from bigtrain.batch import IGNORED, Batch, LossSums
-from bigtrain.config import Config, InstructionConfig, ModelConfig
+from bigtrain.config import Config, HuggingFaceConfig, InstructionConfig, ModelConfig
 from bigtrain.data.example_loader import Rows, pad
 from bigtrain.tasks.base import Evaluated, Totals
 from bigtrain.tasks.labelled import LabelledTask
@@ -26,6 +26,10 @@ class Instruction(LabelledTask):
         self.config = config.task
 
     def build_model(self, config: ModelConfig) -> nn.Module:
+        if isinstance(config, HuggingFaceConfig):
+            from bigtrain.models.huggingface import auto
+
+            return auto.CausalLM(config)
         return models.build(config)
 
     def collate(self, rows: Rows, random: np.random.Generator | None) -> Batch:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigtrain.batch import IGNORED, Batch, LossSums
-from bigtrain.config import Config, MaskedLMConfig, ModelConfig
+from bigtrain.config import Config, HuggingFaceConfig, MaskedLMConfig, ModelConfig
 from bigtrain.data import load_prepared
 from bigtrain.data.example_loader import Share
 from bigtrain.data.masked_loader import (
@@ -78,6 +78,10 @@ class MaskedLM:
         self.pair_weight = self.config.mask_fraction * self.length
 
     def build_model(self, config: ModelConfig) -> nn.Module:
+        if isinstance(config, HuggingFaceConfig):
+            from bigtrain.models.huggingface import auto
+
+            return auto.MaskedLM(config)
         pairs = self.config.sentence != "none"
         backbone = build_encoder(config, pooled=pairs)
         head = MaskedLMHead(backbone.config, backbone.embedding)

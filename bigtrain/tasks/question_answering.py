@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigtrain.batch import IGNORED, Batch, LossSums
-from bigtrain.config import Config, ModelConfig, QuestionAnsweringConfig
+from bigtrain.config import Config, HuggingFaceConfig, ModelConfig, QuestionAnsweringConfig
 from bigtrain.data.example_loader import Rows, stack
 from bigtrain.data.examples import Examples
 from bigtrain.models.heads import QuestionAnsweringHead
@@ -32,6 +32,10 @@ class QuestionAnswering(LabelledTask):
         self.config = config.task
 
     def build_model(self, config: ModelConfig) -> nn.Module:
+        if isinstance(config, HuggingFaceConfig):
+            from bigtrain.models.huggingface import auto
+
+            return auto.Classifier(config, "question_answering", 2, self.special_ids["pad"])
         backbone = build_encoder(config, pooled=False)
         return WithHead(backbone, QuestionAnsweringHead(backbone.config, self.config.dropout), pooled=False)
 

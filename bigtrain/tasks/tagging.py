@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bigtrain.batch import IGNORED, Batch, LossSums
-from bigtrain.config import Config, ModelConfig, TaggingConfig
+from bigtrain.config import Config, HuggingFaceConfig, ModelConfig, TaggingConfig
 from bigtrain.data.example_loader import Rows, pad
 from bigtrain.models.heads import TaggingHead
 from bigtrain.tasks import metrics
@@ -26,6 +26,10 @@ class Tagging(LabelledTask):
         self.config = config.task
 
     def build_model(self, config: ModelConfig) -> nn.Module:
+        if isinstance(config, HuggingFaceConfig):
+            from bigtrain.models.huggingface import auto
+
+            return auto.Classifier(config, "tagging", len(self.labels), self.special_ids["pad"])
         backbone = build_encoder(config, pooled=False)
         head = TaggingHead(backbone.config, len(self.labels), self.config.dropout)
         return WithHead(backbone, head, pooled=False)

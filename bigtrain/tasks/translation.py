@@ -11,7 +11,7 @@ from torch import nn
 
 from bigtrain import models
 from bigtrain.batch import IGNORED, Batch, LossSums
-from bigtrain.config import Config, ModelConfig, Seq2SeqConfig, TranslationConfig
+from bigtrain.config import Config, HuggingFaceConfig, ModelConfig, Seq2SeqConfig, TranslationConfig
 from bigtrain.data.example_loader import Rows, pad
 from bigtrain.data.tokenizer import find_tokenizer
 from bigtrain.tasks import metrics
@@ -26,10 +26,14 @@ class Translation(LabelledTask):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         assert isinstance(config.task, TranslationConfig)
-        assert isinstance(config.model, Seq2SeqConfig)
-        self.config, self.shape = config.task, config.model
+        assert isinstance(config.model, (Seq2SeqConfig, HuggingFaceConfig))
+        self.config = config.task
 
     def build_model(self, config: ModelConfig) -> nn.Module:
+        if isinstance(config, HuggingFaceConfig):
+            from bigtrain.models.huggingface import auto
+
+            return auto.Seq2Seq(config)
         return models.build(config)
 
     @cached_property
@@ -68,8 +72,9 @@ class Translation(LabelledTask):
 
         memory = model(batch["tokens"], batch["attention_mask"])
         _, nll = self._sums(model, batch, 0.0, memory)
+        layers, mask = models.decoder_layers(model), batch["attention_mask"]
         written = translate(
-            model, self.shape, memory, batch["attention_mask"], self.special_ids, self.data.vocab_size,
+            model, layers, memory, mask, self.special_ids, self.data.vocab_size,
             self.config.max_new_tokens, {"do_sample": False, "num_beams": self.config.num_beams},
         )  # fmt: skip
         texts = self._tokenizer.decode_batch(written)

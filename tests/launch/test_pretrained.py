@@ -67,3 +67,20 @@ def test_other_models_are_left_alone() -> None:
 def test_bad_input(model: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         resolved(composed(**model))
+
+
+def test_a_hub_model_from_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the hub's client lays it out; nothing is asked of the network."""
+    folder, revision = tmp_path / "models--org--mini", "0" * 40
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(revision)
+    (folder / "snapshots").mkdir()
+    (folder / "snapshots" / revision).symlink_to(MINILM)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = from_dict(resolved(composed(path="org/mini")))
+    assert config.model.kind == "encoder"
+    assert config.init_from == config.data.tokenizer.path == str(folder / "snapshots" / revision)
+    data = composed() | {"model": {"kind": "hf", "path": "org/mini"}}
+    config = from_dict(resolved(data))
+    assert (config.model.kind, config.model.vocab_size, config.model.max_seq_len) == ("hf", 30522, 512)
+    assert config.init_from == str(folder / "snapshots" / revision)

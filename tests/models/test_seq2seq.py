@@ -161,7 +161,9 @@ def decoded(
 ) -> list[list[int]]:
     with torch.no_grad():
         memory = model(source, mask)
-        return translate(model, model.config, memory, mask, SPECIAL, size, steps, {"do_sample": False} | options)
+        return translate(
+            model, model.n_decoder_layers, memory, mask, SPECIAL, size, steps, {"do_sample": False} | options
+        )
 
 
 def test_greedy_is_the_likeliest_token_each_time_padded_or_alone() -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from bigtrain.config import DecoderConfig, EncoderConfig, ModelConfig
+from bigtrain.config import DecoderConfig, EncoderConfig, OurModelConfig
 from bigtrain.errors import ConfigError
 from bigtrain.models.huggingface.importing import open_weights
 
@@ -24,7 +24,7 @@ GELU: dict[str, Gelu] = {
 }
 
 
-def read_config(directory: Path, key: str = "init_from") -> ModelConfig:
+def read_config(directory: Path, key: str = "init_from") -> OurModelConfig:
     """The config of the model in a Hugging Face directory; `key` is what errors name.
 
     Its defaults and older spellings are resolved as transformers does. Raises ConfigError for a directory without
@@ -175,7 +175,7 @@ def _dropout(theirs: Any, *names: str) -> float:
     return values[names[0]]
 
 
-_READERS: dict[str, Callable[[Any, Refuse], ModelConfig]] = {
+_READERS: dict[str, Callable[[Any, Refuse], OurModelConfig]] = {
     "gpt2": _gpt2,
     "llama": _llama,
     "mistral": _llama,

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bigtrain.config import DecoderConfig, EncoderConfig, ModelConfig
+from bigtrain.config import DecoderConfig, EncoderConfig, OurModelConfig
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.models.huggingface.names import BACKBONE, GPT2, LLAMA, Family, Rule, family_of, split_rows
 
@@ -29,7 +29,7 @@ _NEED_POOLER = ("BertForPreTraining", "BertForSequenceClassification")
 
 
 def to_huggingface(
-    config: ModelConfig,
+    config: OurModelConfig,
     weights: Iterable[tuple[str, Tensor]],
     architecture: str,
     labels: list[str] | None = None,
@@ -65,7 +65,7 @@ def to_huggingface(
 
 
 def _rename(
-    config: ModelConfig,
+    config: OurModelConfig,
     family: Family,
     weights: Iterable[tuple[str, Tensor]],
     prefix: str,
@@ -99,7 +99,7 @@ def _belongs(rule: Rule, class_name: str, heads: tuple[str, ...]) -> bool:
 # ------------------------------------------------------------------------------------------------- refusals
 
 
-def _check(config: ModelConfig, family: Family, architecture: str) -> None:
+def _check(config: OurModelConfig, family: Family, architecture: str) -> None:
     """Raises ConfigError naming the first field that the family's classes do not have as it is here."""
     if (family.model_type, architecture) not in ARCHITECTURES:
         known = [name for kind, name in ARCHITECTURES if kind == family.model_type]
@@ -127,7 +127,7 @@ _TITLES = {
 }
 
 
-def _possible(config: ModelConfig, family: Family) -> dict[str, tuple[Any, ...]]:
+def _possible(config: OurModelConfig, family: Family) -> dict[str, tuple[Any, ...]]:
     if isinstance(config, EncoderConfig):
         return {
             "positions": ("learned",),

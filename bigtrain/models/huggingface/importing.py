@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bigtrain.checkpoint.encryption import is_encrypted
-from bigtrain.config import EncoderConfig, ModelConfig
+from bigtrain.config import EncoderConfig, OurModelConfig
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.models.huggingface.names import BACKBONE, Family, family_of
 from bigtrain.models.stored import INDEX, SINGLE, StoredTensors
@@ -21,7 +21,7 @@ _IN_A_LAYER = re.compile(r"\.\d+\.")
 
 
 def iterate_weights(
-    directory: Path, config: ModelConfig, prefix: str | None = None, read: bool = True
+    directory: Path, config: OurModelConfig, prefix: str | None = None, read: bool = True
 ) -> Iterator[tuple[str, Tensor]]:
     """(our parameter name, tensor) of a directory for which `read_config` gave `config`; one tensor is held at a time.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bigtrain.config import DecoderConfig, EncoderConfig, ModelConfig, Seq2SeqConfig
+from bigtrain.config import DecoderConfig, EncoderConfig, OurModelConfig, Seq2SeqConfig
 from bigtrain.errors import ConfigError
 
 BACKBONE, HEAD, PAIR_HEAD = "backbone.", "head.", "pair_head."
@@ -35,7 +35,7 @@ class Family:
     rules: Callable[[Any], list[Rule]]  # config -> every parameter, those of all heads too
 
 
-def family_of(config: ModelConfig) -> Family:
+def family_of(config: OurModelConfig) -> Family:
     """The family whose parameters the config's are, going by its fields that tell families apart.
 
     Raises ConfigError for an encoder-decoder, of which there is none.
@@ -47,7 +47,7 @@ def family_of(config: ModelConfig) -> Family:
     return GPT2 if config.positions == "learned" else LLAMA
 
 
-def split_rows(tensor: Tensor, rule: Rule, config: ModelConfig) -> list[Tensor]:
+def split_rows(tensor: Tensor, rule: Rule, config: OurModelConfig) -> list[Tensor]:
     """The parts of our tensor that are theirs: (gate, up) are of equal height, (query, key, value) may not be."""
     if len(rule.theirs) < 3:
         return list(tensor.chunk(len(rule.theirs)))
