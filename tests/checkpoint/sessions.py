@@ -20,6 +20,7 @@ from typing import Any
 from bigtrain.config import Config, load
 from bigtrain.launch import ops
 
+DISK_FULL = "disk full"  # no kill: writing the state refuses once
 PRELOADED = ["torch", "deepspeed", "accelerate", "bigtrain.worker", "bigtrain.trainer", "bigtrain.engine.deepspeed"]
 _FORKS = multiprocessing.get_context("forkserver")
 
@@ -64,7 +65,7 @@ def _rank(config_file: Path, rank: int, environment: dict[str, str], kill_at: st
     config: Config = load(config_file)
     terminal = worker.redirect_output(config_file.parent, rank)
     if kill_at is not None and rank == 0:
-        POINTS[kill_at](kill_step)
+        (_fill_disk if kill_at == DISK_FULL else POINTS[kill_at])(kill_step)
     try:
         worker.run(config, config_file.parent, terminal, threading.Event(), time.time())
     except BaseException as error:
@@ -137,6 +138,19 @@ def _half_manifest(step: int) -> None:
         return original(self, text, *arguments, **keywords)
 
     Path.write_text = patched  # type: ignore[method-assign]
+
+
+def _fill_disk(step: int) -> None:
+    import torch
+
+    original = torch.save
+
+    def patched(value: Any, path: Any, *arguments: Any, **keywords: Any) -> None:
+        if f"{step:08d}" in str(path):
+            raise OSError(28, "No space left on device")
+        original(value, path, *arguments, **keywords)
+
+    torch.save = patched  # type: ignore[assignment]
 
 
 def _store() -> Any:

@@ -16,8 +16,8 @@ from bigtrain.checkpoint.integrity import damaged
 from bigtrain.checkpoint.weights import read_weights
 from bigtrain.config import Config, dump
 from bigtrain.launch import train
-from tests.checkpoint.sessions import POINTS, end, start
-from tests.runs import TINY, losses
+from tests.checkpoint.sessions import DISK_FULL, POINTS, end, start
+from tests.runs import TINY, losses, metrics, result
 
 STEPS, EVERY, RANKS = 12, 3, 2
 
@@ -58,7 +58,13 @@ def check_same(run: Path, whole: Path) -> None:
     assert not list((run / "checkpoints").glob("*.bad*")), "a kill must not leave what looks like a checkpoint"
 
 
-@pytest.mark.parametrize("point", POINTS)
+# Of a minute's worth of sessions the commonest; `make soak` has them all.
+QUICK = {"half written", "before the manifest", "after the rename"}
+
+
+@pytest.mark.parametrize(
+    "point", [pytest.param(point, marks=() if point in QUICK else pytest.mark.soak) for point in POINTS]
+)
 def test_killed_inside_a_save(point: str, config: Config, whole: Path, tmp_path: Path) -> None:
     file = make(config, tmp_path / "run")
     assert -9 in end(start(file, RANKS, kill_at=point, kill_step=3 * EVERY))
@@ -99,8 +105,27 @@ def kill_at_random(kills: int, seed: int, config: Config, whole: Path, run: Path
     check_same(file.parent, whole)
 
 
-@pytest.mark.parametrize(("kills", "seed"), [(6, 0), pytest.param(20, 1, marks=pytest.mark.soak),
+@pytest.mark.parametrize(("kills", "seed"), [(2, 0), pytest.param(20, 1, marks=pytest.mark.soak),
                                              pytest.param(200, 2, marks=pytest.mark.soak)])  # fmt: skip
 @pytest.mark.timeout(3600)
 def test_killed_at_random(kills: int, seed: int, config: Config, whole: Path, tmp_path: Path) -> None:
     kill_at_random(kills, seed, config, whole, tmp_path)
+
+
+def test_a_full_disk_costs_a_checkpoint_and_a_warning_not_the_run(config: Config, whole: Path, tmp_path: Path) -> None:
+    file = make(config, tmp_path / "run")
+    assert end(start(file, RANKS, kill_at=DISK_FULL, kill_step=2 * EVERY)) == [0] * RANKS
+    check_same(file.parent, whole)
+    assert [one.step for one in checkpoints(file.parent)] == [3 * EVERY, STEPS]
+    assert result(file.parent)["checkpoint/failed"] == 1
+    (warning,) = [line["warning"] for line in metrics(file.parent) if "warning" in line]
+    assert f"checkpoint of step {2 * EVERY} was not written: rank 0" in warning
+    assert "No space left on device" in warning
+
+
+def test_a_last_save_that_fails_fails_the_run(config: Config, tmp_path: Path) -> None:
+    file = make(config, tmp_path / "run")
+    assert 1 in end(start(file, RANKS, kill_at=DISK_FULL, kill_step=STEPS))
+    assert checkpoints(file.parent)[-1].step == STEPS - EVERY
+    failures = [path.read_text() for path in (file.parent / "failures").iterdir()]
+    assert any("No space left on device" in text for text in failures)
