@@ -113,6 +113,8 @@ def _run(
         say(f"stopped at step {result.get('train/steps')}; to continue: {continue_command(str(path))}")
     if asked_to_stop:
         raise Stopped
+    if result.get("status") == "stopped":  # at train.stop_at
+        return float(result.get(config.train.objective) or math.nan)
     return objective(result, config.train.objective)
 
 
