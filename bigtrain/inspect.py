@@ -137,6 +137,7 @@ def load_model(config: Config, labels: list[str], checkpoint: Path, device: torc
             backbone = build_encoder(model, pooled=False)
             built = WithHead(backbone, TaggingHead(backbone.config, len(labels), task.dropout), pooled=False)
         else:
+            assert isinstance(model, DecoderConfig)
             built = models.build(model)
     built.to(torch.float32).to_empty(device=device)
     built.tie_weights()
