@@ -415,6 +415,7 @@ class EncryptionConfig:
     key_env: str | None = None  # or the environment variable that holds them
 
 
+@dataclass
 class GuardConfig:
     """What happens when training goes wrong. A loss or gradient that is not finite is always found before the update,
     and ends the run where `spike` does not say how to go on (skip, rollback)."""
