@@ -215,6 +215,9 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
         export(run, tmp_path / "out")
     (run / "elsewhere").rename(run / "tokenizer" / "tokenizer.json")
     (run / "checkpoints" / "step-00000010" / "manifest.json").unlink()
+    with pytest.raises(BigtrainError, match=r"damaged \(manifest\.json"):
+        export(run, tmp_path / "out")
+    (run / "checkpoints" / "step-00000010").rename(run / "checkpoints" / "step-00000010.bad")
     with pytest.raises(ConfigError, match="holds no complete checkpoint"):
         export(run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "odd", "run"]
@@ -233,7 +236,7 @@ def test_an_empty_directory_is_filled_and_a_failure_leaves_nothing(tmp_path: Pat
     (run / "config.yaml").write_text(dump(Config(model=GPT)))
     weights = run / "checkpoints" / "step-00000010" / "model.safetensors"
     weights.write_bytes(b"\xff" * weights.stat().st_size)
-    with pytest.raises(BigtrainError, match="cannot be read"):
+    with pytest.raises(BigtrainError, match=r"damaged \(model\.safetensors: SHA-256 differs"):
         export(run, tmp_path / "deep" / "other")
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
 

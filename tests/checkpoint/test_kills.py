@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from bigtrain import compose
 from bigtrain.checkpoint import checkpoints
 from bigtrain.checkpoint.integrity import damaged
 from bigtrain.checkpoint.weights import read_weights
 from bigtrain.config import Config, dump
 from bigtrain.launch import train
 from tests.checkpoint.sessions import DISK_FULL, POINTS, end, start
-from tests.runs import TINY, losses, metrics, result
+from tests.runs import TINY, bigtrain, losses, metrics, result
 
 STEPS, EVERY, RANKS = 12, 3, 2
 
@@ -25,14 +25,13 @@ STEPS, EVERY, RANKS = 12, 3, 2
 @pytest.fixture(scope="module")
 def config(data_cache: Path) -> Config:
     """The tiny recipe with dropout, accumulation and a save every few steps."""
-    jobs = []
     overrides = [
         *TINY, f"train.steps={STEPS}", f"train.save_every={EVERY}", "train.micro_batch=2", "train.eval_every=0",
         "train.eval_batches=1", "model.dropout=0.1", "launch.ranks=2", "launch.device=cpu", "logger=quiet",
         "launch.timeout_seconds=60", f"data.cache_dir={data_cache}",
     ]  # fmt: skip
-    compose.run(overrides, lambda job: jobs.append(job) or 0.0)  # type: ignore[func-returns-value]
-    return train.prepare_data(train.checked(jobs[0].data))
+    composed = bigtrain("train", *overrides, "--cfg", "job", "--resolve")
+    return train.prepare_data(train.checked(yaml.safe_load(composed)))
 
 
 def make(config: Config, run: Path) -> Path:
