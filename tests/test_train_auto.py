@@ -77,12 +77,12 @@ def test_a_causal_model_from_directory_to_directory(tmp_path: Path) -> None:
     assert all(abs(two[step] - three[step]) < 1e-3 for step in two)
     assert two[8] < two[1] - 0.5
 
-    metrics, _ = evaluate.run(run, data=[])
+    metrics, _ = evaluate.run(run, data=[], columns={})
     assert metrics["eval/loss"] == pytest.approx(result(run)["eval/loss"], abs=1e-4)
     (text,) = generate.run(run, ["red"], max_new_tokens=8)
     limits = {"cpu": "30KB"}  # of 90: the rest is read from disk
     assert generate.run(run, ["red"], max_new_tokens=8, max_memory=limits) == [text]
-    limited, _ = evaluate.run(run, data=[], max_memory=limits, out=tmp_path / "limited")
+    limited, _ = evaluate.run(run, data=[], columns={}, max_memory=limits, out=tmp_path / "limited")
     assert limited["eval/loss"] == pytest.approx(metrics["eval/loss"], abs=1e-6)
 
     out = export(run, tmp_path / "out")
