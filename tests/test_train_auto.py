@@ -77,19 +77,19 @@ def test_a_causal_model_from_directory_to_directory(tmp_path: Path) -> None:
     assert all(abs(two[step] - three[step]) < 1e-3 for step in two)
     assert two[8] < two[1] - 0.5
 
-    metrics, _ = evaluate.run(run, data=[])
+    metrics, _ = evaluate.run(run, data=[], columns={})
     assert metrics["eval/loss"] == pytest.approx(result(run)["eval/loss"], abs=1e-4)
     (text,) = generate.run(run, ["red"], max_new_tokens=8)
     limits = {"cpu": "30KB"}  # of 90: the rest is read from disk
     assert generate.run(run, ["red"], max_new_tokens=8, max_memory=limits) == [text]
-    limited, _ = evaluate.run(run, data=[], max_memory=limits, out=tmp_path / "limited")
+    limited, _ = evaluate.run(run, data=[], columns={}, max_memory=limits, out=tmp_path / "limited")
     assert limited["eval/loss"] == pytest.approx(metrics["eval/loss"], abs=1e-6)
 
     out = export(run, tmp_path / "out")
     theirs, told = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(told.values())
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
-    batch = tokenizer(tokenizer.bos_token + "red", return_tensors="pt")
+    batch = tokenizer(tokenizer.bos_token + "red", return_tensors="pt", add_special_tokens=False)
     written = theirs.generate(**batch, max_new_tokens=8, do_sample=False)
     assert tokenizer.decode(written[0], skip_special_tokens=True) == text
 

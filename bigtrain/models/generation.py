@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
@@ -68,11 +69,16 @@ class Seq2SeqForGeneration(PreTrainedModel, GenerationMixin):
     config_class = PreTrainedConfig
     main_input_name = "input_ids"
 
-    def __init__(self, model: nn.Module, n_decoder_layers: int, vocab_size: int) -> None:
+    def __init__(self, model: nn.Module, n_decoder_layers: int, vocab_size: int, device: torch.device) -> None:
         super().__init__(
             PreTrainedConfig(num_hidden_layers=n_decoder_layers, vocab_size=vocab_size, is_encoder_decoder=True)
         )
-        self.model, self.vocab_size = model, vocab_size
+        self.model, self.vocab_size, self.place = model, vocab_size, device
+
+    @property
+    def device(self) -> torch.device:
+        """Of the inputs: a weight may be nowhere until it is used, on the disk or sharded."""
+        return self.place
 
     def forward(
         self,
@@ -112,7 +118,7 @@ def translate(
         max_new_tokens=max_new_tokens,
         **options,
     )
-    output = Seq2SeqForGeneration(model, n_decoder_layers, vocab_size).generate(
+    output = Seq2SeqForGeneration(model, n_decoder_layers, vocab_size, memory.device).generate(
         attention_mask=attention_mask,
         encoder_outputs=BaseModelOutput(last_hidden_state=memory),
         generation_config=settings,
