@@ -15,8 +15,8 @@ from torch import Tensor
 
 from bigtrain.models import cpu_kernels
 
-# On a CPU as much padding stays as makes the number of tokens a multiple of this: oneDNN compiles and keeps a kernel
-# of megabytes for each new size of matrix, gigabytes in an epoch.
+# On a CPU as much padding stays as makes the number of tokens a multiple of this: with a new size of matrix each step
+# memory grew by megabytes a step (seen on two CPUs; a kernel compiled and kept for each size would explain it).
 CPU_MULTIPLE = 64
 
 
