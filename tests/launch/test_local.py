@@ -139,7 +139,7 @@ def test_a_run_from_command_to_result_and_on(command: Command, tmp_path: Path) -
 
     code, out, error = command.run("run_dir=run", "train.steps=4", "optimizer.lr=0.5", "train.seed=9")
     assert code == 2
-    assert "holds another run (optimizer.lr is 0.002 there, 0.5 here, train.seed is 0 there, 9 here)" in error
+    assert "holds another run (train.seed is 0 there, 9 here, optimizer.lr is 0.002 there, 0.5 here: the order" in error
 
     code, out, error = command.run("run_dir=run", "train.steps=4", "resume=never")
     assert (code, error.count("\n")) == (2, 1)
