@@ -664,14 +664,16 @@ def with_secrets(config: Config, secrets: list[Any]) -> Config:
 
 
 def load(path: str | Path) -> Config:
-    """Read a config.yaml that `dump` wrote. Raises ConfigError if it is missing or no such file."""
+    """Read a config.yaml that `dump` wrote. Raises ConfigError if it is missing, empty or no such file."""
     try:
         data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError("config", str(path), "no such file") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise ConfigError("config", str(path), f"cannot be read ({str(error).splitlines()[0]})") from None
-    return from_dict(data if isinstance(data, dict) else {})
+    if not isinstance(data, dict):
+        raise ConfigError("config", str(path), "holds no config")
+    return from_dict(data)
 
 
 def fingerprint(config: Config) -> str:

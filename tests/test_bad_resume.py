@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from bigtrain import cli
+from bigtrain.checkpoint import integrity
 from tests.runs import TINY
 from tests.test_bad_input import AS_USER
 
@@ -97,6 +98,8 @@ def other_heads(run: Path) -> None:
 def encrypted_note(run: Path) -> None:
     note = {"format": "AES-256-GCM STREAM", "key_id": "00", "key_file": str(run / "key"), "key_env": None}
     (step(run) / "encryption.json").write_text(json.dumps(note))
+    facts = json.loads((step(run) / "manifest.json").read_text())
+    integrity.seal(step(run), {name: facts[name] for name in facts if name not in ("files", "manifest_sha256")})
 
 
 def key_for_all(run: Path) -> None:
@@ -166,7 +169,7 @@ ROWS = [
     Row("its config is no YAML", write("config.yaml", b"a: [b"), ["config.yaml", "cannot be read"]),
     Row("its config is binary", write("config.yaml", b"\x00\xff\xfe" * 50), ["config.yaml", "cannot be read"]),
     Row("its config is a directory", config_is_a_directory, ["config.yaml", "cannot be read"]),
-    Row("its config is empty", write("config.yaml", b""), ["run_dir", "holds another run"]),
+    Row("its config is empty", write("config.yaml", b""), ["run_dir", "holds no config"]),
     # weights for another run
     Row("weights of a foreign model", foreign, ["init_from", "foreign"], ["train", *WRONG_MODEL, "model.dim=32"]),
     Row("weights of a damaged run", truncated("model.safetensors"), ["init_from", "checkpoint"],

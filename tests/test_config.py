@@ -160,12 +160,9 @@ def test_dump_and_load_give_the_same_config(tmp_path: Path) -> None:
     assert schema.fingerprint(schema.load(tmp_path / "config.yaml")) == schema.fingerprint(config)
 
 
-@pytest.mark.parametrize("text", ["a: [", "\x00", "- 1\n- 2\n"])
+@pytest.mark.parametrize("text", ["a: [", "\x00", "- 1\n- 2\n", ""])
 def test_a_broken_config_file_is_one_line(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.yaml").write_text(text)
-    if text.startswith("-"):  # a list is no section, hence an empty one
-        assert schema.load(tmp_path / "config.yaml") == Config()
-        return
     with pytest.raises(ConfigError) as error:
         schema.load(tmp_path / "config.yaml")
     assert "\n" not in str(error.value)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bigtrain.checkpoint import encryption
 from bigtrain.checkpoint.find import is_checkpoint, refused
 from bigtrain.checkpoint.integrity import damaged, listed, read_manifest
 from bigtrain.errors import BigtrainError
@@ -75,7 +76,11 @@ def check_weights(checkpoint: Path) -> None:
         files = read_manifest(checkpoint)["files"]
     except ValueError as error:
         raise refused(checkpoint, str(error)) from None
-    names = [name for name in files if name == INDEX or (name.startswith("model") and name.endswith(".safetensors"))]
+    plain = {name: name.removesuffix(encryption.SUFFIX) for name in files}
+    names = [
+        name for name, clear in plain.items()
+        if clear == INDEX or (clear.startswith("model") and clear.endswith(".safetensors"))
+    ]  # fmt: skip
     if problems := damaged(checkpoint, names):
         raise refused(checkpoint, listed(problems))
 

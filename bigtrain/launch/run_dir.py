@@ -14,7 +14,7 @@ from typing import Any
 
 from bigtrain import config as schema
 from bigtrain.checkpoint.find import Checkpoint, checkpoints, resolve_resume
-from bigtrain.config import Config
+from bigtrain.config import Config, HuggingFaceConfig
 from bigtrain.errors import BigtrainError, ConfigError
 
 LOCK = ".lock"
@@ -134,6 +134,8 @@ def check_resume(path: Path, config: Config, before: Config | None) -> Checkpoin
             "resume", "never", f"{path} already holds a run", "name another run_dir, or resume=auto to continue it"
         )
     found = resolve_resume(path, config.resume)
+    if isinstance(config.model, HuggingFaceConfig):
+        return found  # the model was looked at when it was named
     if config.init_from is not None and (Path(config.init_from) / "config.json").is_file():
         from bigtrain.models import huggingface  # imports torch: only when it is asked for
 

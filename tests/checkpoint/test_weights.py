@@ -178,3 +178,5 @@ def test_only_rank_0_reads_for_a_sharded_model(tmp_path: Path) -> None:
 
 if __name__ == "__main__":
     run_rank(Path(sys.argv[1]))
+    torch.distributed.barrier()
+    os._exit(0)  # as bigtrain's own ranks end: gloo's threads do not always survive an orderly exit

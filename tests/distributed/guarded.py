@@ -34,7 +34,7 @@ class Pattern:
     def __init__(self, evil: int | None = None, do: str = "", rank: int = 0) -> None:
         self.evil, self.do, self.rank = evil, do, rank
         self.labels: list[str] = []
-        self.tokenizer_file = Path()
+        self.tokenizer_file = Path(__file__)  # a checkpoint notes its hash
 
     def build_model(self, config: ModelConfig) -> nn.Module:
         return models.build(config)

@@ -53,7 +53,7 @@ def test_a_run_in_a_hostile_directory(tmp_path: Path, data_cache: Path) -> None:
     value = "$(touch PWNED);`touch PWNED` 'a\" & b"
     corpus, run = tmp_path / f"corpus {value}", tmp_path / f"run {value}"
     corpus.mkdir()
-    for number in range(5):
+    for number in range(40):  # which are held out depends on their names: enough that some are
         (corpus / f"{number}.txt").write_text(f"{number} the quick brown fox jumps over the lazy dog. " * 40)
     quoted = {name: "'" + text.replace("'", "\\'") + "'" for name, text in
               {"run": str(run), "corpus": str(corpus), "value": value}.items()}  # fmt: skip

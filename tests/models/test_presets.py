@@ -49,7 +49,7 @@ def preset(name: str, **changes: Any) -> ModelConfig:
 
 
 def test_every_preset_is_counted_here() -> None:
-    assert {path.stem for path in PRESETS.glob("*.yaml")} == set(PUBLISHED) | set(OURS) | {"pretrained"}
+    assert {path.stem for path in PRESETS.glob("*.yaml")} == set(PUBLISHED) | set(OURS) | {"pretrained", "hf"}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
