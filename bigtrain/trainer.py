@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bigtrain import heartbeat
 from bigtrain.batch import Batch, count_tokens
 from bigtrain.checkpoint import Checkpoint
 from bigtrain.checkpoint import store as checkpoint_store
@@ -79,7 +80,12 @@ class Trainer:
         window = _Window(self.engine.device)
         with ThreadPoolExecutor(1, "loader") as loader:
             upcoming = loader.submit(self.train_data.batches, self.step)
+            doing = heartbeat.FIRST_STEP
             while self.step < train.steps:
+                if doing == heartbeat.STEP and not upcoming.done():
+                    heartbeat.phase(heartbeat.LOADING_DATA)
+                    wait([upcoming])
+                heartbeat.phase(doing, self.step)
                 micro_batches, upcoming = upcoming.result(), self._prefetch(loader)
                 targets, tokens, stops = self.host.sum(
                     sum(map(self.task.count_targets, micro_batches)),
@@ -91,6 +97,7 @@ class Trainer:
                 multiplier = lr_multiplier(self.config.schedule, self.step, train.steps)
                 outcome = self._update(micro_batches, targets, multiplier, window)
                 self.step += 1
+                doing = heartbeat.STEP
                 self.tokens += int(tokens)
                 window.tokens += tokens
                 evaluates = self._due(train.eval_every) and self.step < train.steps
@@ -125,6 +132,7 @@ class Trainer:
     def _update(self, micro_batches: list[Batch], targets: float, multiplier: float, window: _Window) -> StepOutcome:
         """One optimizer step: gradients of the loss per token, over the tokens of all ranks."""
         for index, batch in enumerate(micro_batches):
+            heartbeat.beat()
             on_device = {name: tensor.to(self.engine.device, non_blocking=True) for name, tensor in batch.items()}
             last = index == len(micro_batches) - 1
             sums = self.engine.forward_backward(self.task.loss, on_device, 1 / targets, last)
@@ -171,10 +179,12 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """The task's metrics over `batches`, which every rank has equally many of."""
+        heartbeat.phase(heartbeat.EVALUATING, self.step)
         self.engine.model.eval()
         found: list[Evaluated] = []
         targets = 0
         for batch in batches:
+            heartbeat.beat()
             targets += self.task.count_targets(batch)
             on_device = {name: tensor.to(self.engine.device, non_blocking=True) for name, tensor in batch.items()}
             found.append(self.engine.evaluate(self.task.evaluate, on_device))
@@ -194,6 +204,7 @@ class Trainer:
     def _save(self) -> None:
         if self.step == self.saved_step:
             return
+        heartbeat.phase(heartbeat.SAVING, self.step)
         states = self.hooks.state() if self.host.rank == 0 else {}
         state = {
             "tokens": self.tokens,
