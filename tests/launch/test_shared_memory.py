@@ -14,7 +14,13 @@ import pytest
 from bigtrain.launch import shared_memory
 from bigtrain.launch.shared_memory import FOLDER, Segments
 
-MAP = "import mmap, sys, time; f = open(sys.argv[1], 'r+b'); m = mmap.mmap(f.fileno(), 4096); f.close(); print(flush=True)"
+MAP = """
+import mmap, sys, time
+with open(sys.argv[1], "r+b") as file:
+    mapped = mmap.mmap(file.fileno(), 4096)
+print(flush=True)
+time.sleep(100)
+"""
 
 
 @pytest.fixture
@@ -27,8 +33,7 @@ def name() -> Iterator[str]:
 
 def mapping(path: Path) -> subprocess.Popen[str]:
     """A process that has the file mapped."""
-    code = f"{MAP}; time.sleep(100)"
-    process = subprocess.Popen([sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-c", MAP, str(path)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     process.stdout.readline()
     return process
