@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,10 @@ def first_cause(run_dir: Path, ending: Ending) -> Cause:
     step = last_step(run_dir)
     at = f" after step {step}" if step else " before the first step"
     if ending.hang is not None:
+        hang = replace(ending.hang, step=max(ending.hang.step, step or 0))  # heartbeats are written twice a second
         return Cause(
-            describe(ending.hang),
-            f"rank {ending.hang.rank} hung ({ending.hang.phase})",
+            describe(hang),
+            f"rank {hang.rank} hung ({hang.phase})",
             f"stacks of all ranks in {run_dir}/logs/; if it only needs longer, raise launch.hang_seconds",
         )
     codes = list(ending.ranks.values())

@@ -67,7 +67,10 @@ class HangDetector:
             record = self._read(rank)
             if record is not None and record != seen.record:
                 self.seen[rank] = _Seen(record, now)
-        silent = [rank for rank in self.seen if rank not in ended and self._silence(rank, now) > self._allowance(rank)]
+        silent = [
+            rank for rank in self.seen
+            if rank not in ended and self._silence(rank, now) > self._allowance(rank, alive.get(rank))
+        ]  # fmt: skip
         return self._name(alive, now) if silent else None
 
     def past_first_step(self) -> bool:
@@ -86,9 +89,13 @@ class HangDetector:
     def _silence(self, rank: int, now: float) -> float:
         return now - self.seen[rank].at
 
-    def _allowance(self, rank: int) -> float:
+    def _allowance(self, rank: int, process: psutil.Process | None) -> float:
+        """Seconds. A stopped process is not slow: in a slow phase too it gets no more than in a step."""
         factor, least = heartbeat.ALLOWANCES.get(self.seen[rank].record["phase"], (1, 0))
-        return max(factor * self.hang_seconds, least)
+        longest = max(factor * self.hang_seconds, least)
+        if longest > self.hang_seconds and process is not None and _is_stopped(process):
+            return self.hang_seconds
+        return longest
 
     def _name(self, alive: Mapping[int, psutil.Process], now: float) -> Hang:
         """One rank is stuck and soon all are silent, in a collective that it does not join. It is the one that a

@@ -115,6 +115,7 @@ def test_a_killed_rank_a_frozen_rank_and_preemption(command: Command, tmp_path: 
     killed = time.time()
     peers[1].kill()
     assert not psutil.wait_procs(list(peers.values()), timeout=6)[1]  # 2 s on a quiet machine
+    print(f"from the kill to the last peer's end: {time.time() - killed:.1f} s")
     (first,) = restarted(process, run, 1)
     assert str(first["cause"]).startswith("rank 1 was killed")
     again = log_time_after(run, time.time(), process)
@@ -126,7 +127,7 @@ def test_a_killed_rank_a_frozen_rank_and_preemption(command: Command, tmp_path: 
     second = restarted(process, run, 2)[1]
     took = float(str(second["time"])) - frozen
     print(f"from SIGSTOP to the restart: {took:.1f} s")
-    assert str(second["cause"]).startswith("rank 0 was stopped by a signal while in a step, after step ")
+    assert str(second["cause"]).startswith("rank 0 was stopped by a signal while ")
     assert took < 4 + 5 + 6  # the last for a busy machine
     assert "Current thread" in (run / "logs" / "rank-1.log").read_text()
     log_time_after(run, time.time(), process)
@@ -157,7 +158,7 @@ def test_a_rank_that_sleeps_in_user_code_is_named_though_all_are_silent(command:
     arguments = ["launch.hang_seconds=4", "launch.restarts=0", *trouble(tmp_path, "sleep:6")]
     code, _, error = command.run("run_dir=run", *SAVING, *arguments)
     assert code == 1
-    assert "rank 1 hung while in a step, after step 5" in error
+    assert f"rank 1 hung while in a step, after step {max(losses(tmp_path / 'run'))}:" in error
     assert "in trouble" in (tmp_path / "run" / "logs" / "rank-1.log").read_text()
 
 
