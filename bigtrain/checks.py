@@ -280,6 +280,8 @@ def _check_launch(config: Config) -> None:
         raise ConfigError("launch.ranks", launch.ranks, "at least one rank is needed")
     for name in ("threads_per_rank", "timeout_seconds", "stop_seconds"):
         _positive(f"launch.{name}", getattr(launch, name))
+    for name in ("hang_seconds", "restarts"):
+        _positive(f"launch.{name}", getattr(launch, name), 0)
     if launch.master_port is not None and not 1024 <= launch.master_port <= 65535:
         raise ConfigError("launch.master_port", launch.master_port, "must be from 1024 to 65535")
 

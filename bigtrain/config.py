@@ -474,6 +474,8 @@ class LaunchConfig:
     master_port: int | None = None  # None: a free one
     timeout_seconds: int = 1800  # of a collective
     stop_seconds: int = 300  # between asking the ranks to stop and killing them
+    hang_seconds: int = 600  # without a sign of life of a rank in a step (slow phases: a multiple); 0: wait for ever
+    restarts: int = 3  # from the last checkpoint after a failure, until one more brings no new checkpoint; 0: none
     env: dict[str, str] = field(default_factory=dict)  # set in every rank
     private: bool = False  # the run directory and all that is written: for its owner alone (0700, umask 077)
 

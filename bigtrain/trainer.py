@@ -6,7 +6,7 @@ import math
 import resource
 import time
 from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
 from threading import Event
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigtrain import guards
+from bigtrain import guards, heartbeat
 from bigtrain.batch import Batch, count_tokens
 from bigtrain.checkpoint import Checkpoint, Keep, changes, facts, resolve_resume
 from bigtrain.checkpoint import store as checkpoint_store
@@ -103,7 +103,12 @@ class Trainer:
         window = _Window(self.engine.device)
         with ThreadPoolExecutor(1, "loader") as loader:
             upcoming = self._prefetch(loader, self.step)
+            doing = heartbeat.FIRST_STEP
             while self.step < train.steps:
+                if doing == heartbeat.STEP and not upcoming.done():
+                    heartbeat.phase(heartbeat.LOADING_DATA)
+                    wait([upcoming])
+                heartbeat.phase(doing, self.step)
                 micro_batches, upcoming = upcoming.result(), self._prefetch(loader, self.step + 1)
                 targets, tokens, stops, written = self.host.sum(
                     sum(map(self.task.count_targets, micro_batches)),
@@ -124,6 +129,7 @@ class Trainer:
                     window.clear()
                     continue
                 self.step += 1
+                doing = heartbeat.STEP
                 self.tokens += int(tokens)
                 window.tokens += tokens
                 saves = self._due(train.save_every)
@@ -206,6 +212,7 @@ class Trainer:
         """Gradients of the loss per token, over the tokens of all ranks. This rank's loss, summed, on the device."""
         nll = torch.zeros((), dtype=torch.float64, device=self.engine.device)
         for index, batch in enumerate(step.micro_batches):
+            heartbeat.beat()
             on_device = {name: tensor.to(self.engine.device, non_blocking=True) for name, tensor in batch.items()}
             last = index == len(step.micro_batches) - 1
             nll += self.engine.forward_backward(self.task.loss, on_device, step.scale, last).nll
@@ -274,10 +281,12 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """The task's metrics over `batches`, which every rank has equally many of."""
+        heartbeat.phase(heartbeat.EVALUATING, self.step)
         self.engine.model.eval()
         found: list[Evaluated] = []
         targets = 0
         for batch in batches:
+            heartbeat.beat()
             targets += self.task.count_targets(batch)
             on_device = {name: tensor.to(self.engine.device, non_blocking=True) for name, tensor in batch.items()}
             found.append(self.engine.evaluate(self.task.evaluate, on_device))
@@ -306,6 +315,7 @@ class Trainer:
 
     def _save(self, seen: dict[str, float]) -> None:
         """Begin a checkpoint of this step; `seen`: what an evaluation has just found."""
+        heartbeat.phase(heartbeat.SAVING, self.step)
         if self.saver.pending:
             self._publish()
         if not guards.state_is_finite(self.engine, self.host):
@@ -330,6 +340,7 @@ class Trainer:
 
     def _publish(self) -> str | None:
         """Finish the save that has begun. Where the disk refused, training goes on and says so; the reason if so."""
+        heartbeat.phase(heartbeat.SAVING, self.step)
         saved = self.saver.finish()
         self.save_stall_seconds += saved.stall_seconds
         if saved.problem is None:

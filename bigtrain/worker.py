@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from bigtrain import config as configuration
+from bigtrain import heartbeat
 from bigtrain.config import LABELLED_TASKS, Config
 from bigtrain.errors import BigtrainError
 from bigtrain.files import write_atomic
@@ -46,6 +47,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     try:
+        heartbeat.start(run_dir, rank)
         config = read_config(arguments.config, arguments.sha256)
         if config.launch.private:
             os.umask(0o077)
@@ -78,6 +80,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
     train = config.train
     device = start.init_distributed("cuda" if config.launch.device == "cuda" else "cpu", config.launch.timeout_seconds)
     host = HostGroup(config.launch.timeout_seconds)
+    heartbeat.phase(heartbeat.BUILDING)
     torch.use_deterministic_algorithms(train.deterministic)
     task = tasks.build(config)
     parameters = trained = 0
@@ -153,8 +156,10 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
         write_atomic(run_dir / name, json.dumps(redact(built.effective_config()), indent=1, default=str))
     try:
         if resumed:
+            heartbeat.phase(heartbeat.RESTORING, resumed.step)
             trainer.restore(resumed)
         result = trainer.fit()
+        heartbeat.phase(heartbeat.ENDING)
         result |= task.facts() | {
             "model/parameters": info.parameters,
             "model/trained_parameters": trained,
@@ -162,6 +167,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
             "run": str(run_dir),
             "config_sha256": configuration.fingerprint(config),
             "world_size": host.world_size,
+            "restarts": int(os.environ.get("BIGTRAIN_RESTARTS", "0")),
             "versions": versions(),
         }
         if host.rank == 0:

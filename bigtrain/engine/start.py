@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.distributed import distributed_c10d
 
 from bigtrain.config import Config, DeepSpeedConfig
 from bigtrain.engine import unpickling
@@ -25,8 +26,20 @@ def init_distributed(device_type: str, timeout_seconds: int) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     backend = "nccl" if device_type == "cuda" else "gloo"
-    torch.distributed.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+    set_default_timeout(timeout_seconds)
+    torch.distributed.init_process_group(backend)
     return device
+
+
+def set_default_timeout(seconds: int) -> None:
+    """The timeout of every process group that does not ask for another.
+
+    init_process_group's own argument is for the world's group only: the groups that ZeRO (`new_group(ranks)`) and FSDP2
+    (its DeviceMesh) make would keep torch's default. All of them look it up in these two names when they are made.
+    """
+    timeout = datetime.timedelta(seconds=seconds)
+    distributed_c10d.default_pg_timeout = timeout
+    distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
 
 
 def build(config: Config, build_model: Callable[[], nn.Module], device: torch.device) -> Engine:

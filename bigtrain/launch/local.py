@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import socket
 import sys
 import time
 import uuid
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +21,17 @@ from bigtrain.errors import BigtrainError
 from bigtrain.files import write_atomic
 from bigtrain.hardware import Placement
 from bigtrain.launch import ops
-from bigtrain.launch.run_dir import last_step, read_result, readable_errors
+from bigtrain.launch.cause import failure_files, first_cause
+from bigtrain.launch.hang import Hang, HangDetector
+from bigtrain.launch.restart import Restarts
+from bigtrain.launch.run_dir import read_result, readable_errors
+from bigtrain.launch.shared_memory import Segments
 from bigtrain.launch.supervise import LAUNCH_ID, WORKER, Ending, supervise
 from bigtrain.provenance import code_sha256, versions
 from bigtrain.redact import HELD_BACK, redact
 
 ADDRESS = "127.0.0.1"
+RESTARTS = "BIGTRAIN_RESTARTS"  # in the ranks' environment: how often the run was started again, for result.json
 
 # glibc maps each large tensor anew and gives it back when it is freed, so that every step faults all its pages in
 # again: a fifth of a GPT-2 step on CPUs. Keep freed memory instead, in one arena.
@@ -82,14 +87,46 @@ def start_of(config: Config, placement: Placement, sha256: str) -> Start:
     return Start(command, environment | config.launch.env, _FOREIGN, port)
 
 
-def run(config: Config, placement: Placement) -> tuple[dict[str, Any], bool]:
-    """Write the config, start the ranks on it, watch them to the end.
+def run(config: Config, placement: Placement, say: Callable[[str], None]) -> tuple[dict[str, Any], bool]:
+    """Start the ranks, watch them to the end, and if they fail start them again, as launch.restarts allows.
 
-    Returns result.json and whether somebody asked the run to stop (it may have finished all the same).
+    Returns result.json and whether the run was asked to stop (it may have finished all the same). `say` takes a line
+    for each restart.
 
     Raises BigtrainError, in one line, for the first cause if they fail, and KeyboardInterrupt if somebody stopped
     them before there was a result.
     """
+    run_dir = Path(config.run_dir)
+    restarts = Restarts(config)
+    while True:
+        launch = _launch(config, placement, restarts.total)
+        ending, result = launch.ending, launch.result
+        failed = any(failure_files(run_dir)) or any(ending.ranks.values()) or ending.hang is not None
+        asked = ending.signals > 0
+        if result is not None and not failed:
+            stopped = result.get("status") == "stopped"
+            if asked or not (stopped and ending.launcher_lost):
+                return result, asked or stopped  # a rank may have been asked, not this process
+        if asked and not any(failure_files(run_dir)):
+            raise KeyboardInterrupt
+        cause = first_cause(run_dir, ending)
+        if asked:
+            raise BigtrainError(cause.line)
+        with readable_errors(run_dir):
+            say(restarts.again(cause, launch.ran))
+        config = restarts.resumed(config)
+        ops.remove_stale_locks(ops.extensions_dir())  # a rank may have been killed while it compiled
+
+
+@dataclass(frozen=True)
+class _Launch:
+    ending: Ending
+    result: dict[str, Any] | None  # result.json if this launch wrote it
+    ran: bool  # the ranks took a step
+
+
+def _launch(config: Config, placement: Placement, restarts: int) -> _Launch:
+    """Write the config and start the ranks on it, once, on a port of its own."""
     run_dir, text = Path(config.run_dir), dump(config)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
     start = start_of(config, placement, sha256)
@@ -97,20 +134,26 @@ def run(config: Config, placement: Placement) -> tuple[dict[str, Any], bool]:
         write_atomic(run_dir / "config.yaml", text)
         write_atomic(run_dir / "config.sha256", f"{sha256}\n")
         write_atomic(run_dir / "launch.json", json.dumps(_record(start, placement), indent=1) + "\n")
-        _clear_failures(run_dir)
+        for path in failure_files(run_dir):
+            path.unlink()
+        hangs = HangDetector(run_dir, placement.ranks, config.launch.hang_seconds)
     environment = {name: value for name, value in os.environ.items() if name not in start.removed} | start.environment
     environment[HELD_BACK] = json.dumps(held_back(config))  # config.yaml has none of them
+    environment[RESTARTS] = str(restarts)
     before = _identity(run_dir / "result.json")
+    segments = Segments(start.port)
+
+    def look(alive: Mapping[int, psutil.Process], ended: set[int]) -> Hang | None:
+        segments.sample(alive.values())
+        return hangs.look(alive, ended)
+
     ending = supervise(
         start.command, environment, placement.ranks, config.launch.stop_seconds,
-        failed=lambda: any(_failure_files(run_dir)),
+        failed=lambda: any(failure_files(run_dir)), look=look,
     )  # fmt: skip
+    segments.remove()
     result = read_result(run_dir) if _identity(run_dir / "result.json") != before else None
-    if result is not None and not any(_failure_files(run_dir)) and not any(ending.ranks.values()):
-        return result, ending.signals > 0
-    if ending.signals and not any(_failure_files(run_dir)):
-        raise KeyboardInterrupt
-    raise BigtrainError(first_cause(run_dir, ending))
+    return _Launch(ending, result, hangs.past_first_step())
 
 
 def resolved(config: Config, placement: Placement) -> Config:
@@ -151,96 +194,6 @@ def _record(start: Start, placement: Placement) -> dict[str, Any]:
         "code_sha256": code_sha256(),
         "versions": versions(),
     }
-
-
-# ----------------------------------------------------------------------------------------------- what failed
-
-
-def first_cause(run_dir: Path, ending: Ending) -> str:
-    """One line for the failure that came first; the others are its echo.
-
-    A rank that a signal killed says nothing itself, while its peers report lost connections: so a killing goes
-    first, then what a rank reported, then a bare exit status. SIGTERM is how the launcher ends the peers.
-    """
-    step = last_step(run_dir)
-    at = f" after step {step}" if step else " before the first step"
-    killed = [
-        (rank, -code) for rank, code in ending.ranks.items()
-        if code is not None and code < 0 and code != -signal.SIGTERM and not _failure_file(run_dir, rank).exists()
-    ]  # fmt: skip
-    if not killed and 128 < ending.exit_code < 256:  # the launcher passes a rank's -9 on as 247
-        unseen = [rank for rank, code in ending.ranks.items() if code is None]
-        number = 256 - ending.exit_code
-        if unseen and number in {*signal.Signals} and number != signal.SIGTERM:
-            killed = [(unseen[0], number)]
-    if killed:
-        rank, number = killed[0]
-        return (
-            f"rank {rank} was killed by {_signal_name(number)}{at}{_guess(number)}; "
-            f"last lines in {run_dir}/logs/rank-{rank}.log; the same run_dir continues from the last checkpoint"
-        )
-    failures = sorted(_read_failures(run_dir), key=lambda failure: failure.get("time", 0.0))
-    rank, code = next(iter(ending.ranks.items()), (0, 0))  # the first to end
-    if failures and code is None and not _failure_file(run_dir, rank).exists():
-        return (  # the launcher took its exit status before we saw it; what the others report is an echo
-            f"rank {rank} was killed{at}{_guess(signal.SIGKILL)}; last lines in {run_dir}/logs/rank-{rank}.log; "
-            "the same run_dir continues from the last checkpoint"
-        )
-    if failures:
-        first = failures[0]
-        if first.get("expected"):
-            return str(first.get("error"))
-        return (
-            f"rank {first['rank']} failed{at}: {first['error']}; traceback in {_failure_file(run_dir, first['rank'])}"
-        )
-    for rank, code in ending.ranks.items():
-        if code:
-            what = _signal_name(-code) if code < 0 else f"exit status {code}"
-            return f"rank {rank} ended with {what}{at}; last lines in {run_dir}/logs/rank-{rank}.log"
-    if ending.launcher_lost:
-        return f"the deepspeed launcher was killed{at}; the ranks were ended"
-    if not ending.ranks:
-        return f"the deepspeed launcher ended with exit status {ending.exit_code} before any rank started"
-    return f"the ranks ended without a result{at}; last lines in {run_dir}/logs/"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        return f"signal {number}"
-
-
-def _guess(number: int) -> str:
-    if number == signal.SIGKILL:
-        return " (out of memory? see dmesg)"
-    if number == signal.SIGBUS:
-        return " (is /dev/shm full?)"
-    return ""
-
-
-def _failure_file(run_dir: Path, rank: object) -> Path:
-    return run_dir / "failures" / f"rank-{rank}.json"
-
-
-def _failure_files(run_dir: Path) -> list[Path]:
-    return sorted((run_dir / "failures").glob("rank-*.json"))
-
-
-def _read_failures(run_dir: Path) -> list[dict[str, Any]]:
-    failures = []
-    for path in _failure_files(run_dir):
-        try:
-            failure = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            failure = {"rank": path.stem.removeprefix("rank-"), "error": "its report cannot be read"}
-        failures.append(failure)
-    return failures
-
-
-def _clear_failures(run_dir: Path) -> None:
-    for path in _failure_files(run_dir):
-        path.unlink()
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

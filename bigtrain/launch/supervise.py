@@ -2,7 +2,8 @@
 
 The deepspeed launcher alone does not do that: SIGTERM to it orphans the ranks, and if its middle process is killed
 it reports success with the ranks still running. So signals go to the ranks themselves, and what happened is judged
-by what is seen of each rank.
+by what is seen of each rank. A launcher that a signal asked to stop is taken as asked on the ranks' behalf; one that
+was killed leaves ranks that can still save what they have.
 """
 
 from __future__ import annotations
@@ -17,16 +18,19 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import FrameType
 
 import psutil
 
+from bigtrain.launch.hang import Hang
+
 LAUNCH_ID = "BIGTRAIN_LAUNCH_ID"  # in the environment of every process of a launch, however far it detaches itself
 WORKER = "bigtrain.worker"
 POLL_SECONDS = 0.2
-FAILURE_GRACE_SECONDS = 4.0  # for the other ranks to say what they saw, once one has failed
+FAILURE_GRACE_SECONDS = 1.5  # for the other ranks to say what they saw, once one has failed
+LAUNCHER_GRACE_SECONDS = 10.0  # for the launcher to end after its ranks
 HELPER_GRACE_SECONDS = 5.0  # for helpers of the ranks (an uploader) to end after a good run
 
 
@@ -37,18 +41,30 @@ class Ending:
     exit_code: int = 0  # the launcher's own
     # rank -> exit status (negative: the signal), None if nobody saw it; in the order in which they ended
     ranks: dict[int, int | None] = field(default_factory=dict)
-    signals: int = 0  # how often somebody asked this process to stop
+    signals: int = 0  # how often somebody asked this process (or the launcher) to stop
     launcher_lost: bool = False  # the launcher ended before its ranks did
     killed: bool = False  # this process had to kill them
+    hang: Hang | None = None  # why it did
+
+
+# Given the live ranks and the numbers of those that have ended: a rank that hangs, or None.
+Look = Callable[[Mapping[int, psutil.Process], set[int]], Hang | None]
+_ASKS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def supervise(
-    command: list[str], environment: dict[str, str], ranks: int, stop_seconds: float, failed: Callable[[], bool]
+    command: list[str],
+    environment: dict[str, str],
+    ranks: int,
+    stop_seconds: float,
+    failed: Callable[[], bool],
+    look: Look = lambda alive, ended: None,
 ) -> Ending:
     """Run `command` in a session of its own until it and its ranks have ended, and return how.
 
-    `environment` holds LAUNCH_ID. SIGINT, SIGTERM or SIGHUP here becomes SIGTERM to each rank; a second one, or
-    `stop_seconds` without an end, kills. `failed()` says whether a rank has reported a failure.
+    `environment` holds LAUNCH_ID. SIGINT, SIGTERM or SIGHUP here or to the launcher becomes SIGTERM to each rank; a
+    second one, or `stop_seconds` without an end, kills. `failed()` says whether a rank has reported a failure; `look`
+    is called several times a second, and if it finds a rank that hangs, all are killed.
     """
     ending = Ending()
     with _counting_signals(ending):
@@ -60,7 +76,7 @@ def supervise(
             preexec_fn=_die_with(os.getpid()),
         )
         try:
-            _watch(launcher, ending, ranks, stop_seconds, failed)
+            _watch(launcher, ending, ranks, stop_seconds, failed, look)
             clean = not ending.killed and not ending.launcher_lost and ending.exit_code == 0
             _end_all(launcher, environment[LAUNCH_ID], HELPER_GRACE_SECONDS if clean else 0)
         except BaseException:
@@ -70,7 +86,12 @@ def supervise(
 
 
 def _watch(
-    launcher: subprocess.Popen[bytes], ending: Ending, ranks: int, stop_seconds: float, failed: Callable[[], bool]
+    launcher: subprocess.Popen[bytes],
+    ending: Ending,
+    ranks: int,
+    stop_seconds: float,
+    failed: Callable[[], bool],
+    look: Look,
 ) -> None:
     workers: dict[int, psutil.Process] = {}  # by rank, all that were ever seen
     told: set[int] = set()  # ranks that were asked to stop
@@ -88,27 +109,43 @@ def _watch(
                     alive, code = _state(process)
                     if not alive:
                         ending.ranks[rank] = code
-            alive_ranks = [rank for rank in workers if rank not in ending.ranks]
-            if status is not None:
+            alive_ranks = {rank: process for rank, process in workers.items() if rank not in ending.ranks}
+            if status is not None and not ending.launcher_lost:
                 ending.exit_code = status
+                ending.signals += -status in _ASKS_TO_STOP
                 if not alive_ranks:
                     return
                 ending.launcher_lost = True
+            all_came = len(workers) == ranks
+            if all_came and not alive_ranks and (ending.launcher_lost or _told_enough(ending)):
+                return
 
             now = time.monotonic()
-            if ending.launcher_lost or failed() or any(ending.ranks.values()):
+            if failed() or any(ending.ranks.values()) or (ending.launcher_lost and not all_came):
                 deadline = min(deadline, now + FAILURE_GRACE_SECONDS)
-            if ending.signals:
+            if all_came and not alive_ranks:
+                deadline = min(deadline, now + LAUNCHER_GRACE_SECONDS)
+            if ending.signals or ending.launcher_lost:
                 deadline = min(deadline, now + stop_seconds)
-                for rank in alive_ranks:
+                for rank, process in alive_ranks.items():
                     if rank not in told:
                         told.add(rank)
                         with contextlib.suppress(psutil.Error):
-                            workers[rank].terminate()
+                            process.terminate()
             if ending.signals > 1 or now >= deadline or (ending.signals and not workers):
                 ending.killed = True
                 return
+            ending.hang = look(alive_ranks, set(ending.ranks))
+            if ending.hang is not None:
+                ending.killed = True
+                return
             watch.wait(POLL_SECONDS)
+
+
+def _told_enough(ending: Ending) -> bool:
+    """Whether the ranks' own statuses say what failed, so that the launcher's need not be waited for."""
+    codes = set(ending.ranks.values())
+    return None not in codes and bool(codes - {0, -signal.SIGKILL})
 
 
 class _Watch:
@@ -215,7 +252,7 @@ def _counting_signals(ending: Ending) -> Iterator[None]:
         yield
         return
     before = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in _ASKS_TO_STOP:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             before[number] = signal.signal(number, count)
     try:

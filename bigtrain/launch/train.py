@@ -104,7 +104,7 @@ def _run(
 ) -> float:
     path = Path(config.run_dir)
     try:
-        result, asked_to_stop = local.run(config, placement)
+        result, asked_to_stop = local.run(config, placement, say)
     except KeyboardInterrupt:
         saved = run_dir.has_checkpoint(path)
         say(f"stopped; to continue: {continue_command(str(path))}" if saved else "stopped before anything was saved")

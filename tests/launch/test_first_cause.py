@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain.launch.local import first_cause
+from bigtrain.launch.cause import first_cause
 from bigtrain.launch.supervise import Ending
 
 LOST = "RuntimeError: [gloo] Connection closed by peer [127.0.0.1]:1234"
@@ -34,24 +34,27 @@ def test_a_killed_rank_is_the_cause_and_what_its_peers_report_an_echo(
     tmp_path: Path, ending: Ending, said: str
 ) -> None:
     report(tmp_path, 0, 5.0, LOST)
-    assert said in first_cause(tmp_path, ending)
+    assert said in first_cause(tmp_path, ending).line
 
 
 def test_of_several_reports_the_first_is_named(tmp_path: Path) -> None:
     report(tmp_path, 0, 5.0, LOST)
     report(tmp_path, 1, 4.0, "ValueError: no such shard")
-    said = first_cause(tmp_path, Ending(exit_code=1, ranks={0: 1, 1: 1}))
+    said = first_cause(tmp_path, Ending(exit_code=1, ranks={0: 1, 1: 1})).line
     assert said.startswith("rank 1 failed before the first step: ValueError: no such shard; traceback in ")
 
 
 def test_an_error_of_our_own_speaks_for_itself(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n')
     report(tmp_path, 1, 4.0, "loss is nan at step 7", expected=True)
-    assert first_cause(tmp_path, Ending(exit_code=1, ranks={1: 1, 0: 1})) == "loss is nan at step 7"
+    cause = first_cause(tmp_path, Ending(exit_code=1, ranks={1: 1, 0: 1}))
+    assert (cause.line, cause.users) == ("loss is nan at step 7", True)
 
 
 def test_without_any_report(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n')
-    assert "rank 1 ended with exit status 3 after step 7" in first_cause(tmp_path, Ending(3, {1: 3, 0: 0}))
-    assert "launcher was killed after step 7" in first_cause(tmp_path, Ending(0, {0: 0, 1: 0}, launcher_lost=True))
-    assert "exit status 4 before any rank started" in first_cause(tmp_path, Ending(4))
+    assert "rank 1 ended with exit status 3 after step 7" in first_cause(tmp_path, Ending(3, {1: 3, 0: 0})).line
+    assert "launcher was killed after step 7" in first_cause(tmp_path, Ending(0, {0: 0, 1: 0}, launcher_lost=True)).line
+    assert "launcher was killed" in first_cause(tmp_path, Ending(0, {0: -9, 1: -9})).line  # the ranks go with it
+    assert "rank 0 was killed" in first_cause(tmp_path, Ending(247, {0: -9})).line
+    assert "exit status 4 before any rank started" in first_cause(tmp_path, Ending(4)).line

@@ -180,7 +180,7 @@ def test_ctrl_c_saves_and_the_line_it_prints_continues(command: Command, tmp_pat
 
 
 def test_a_killed_rank_ends_the_run_with_one_line(command: Command, tmp_path: Path) -> None:
-    process = command.start("run_dir=run", FOREVER)
+    process = command.start("run_dir=run", FOREVER, "launch.restarts=0")
     wait_for_steps(process, tmp_path / "run", 2)
     others = ranks(tmp_path)
     began = time.monotonic()
@@ -195,7 +195,7 @@ def test_a_killed_rank_ends_the_run_with_one_line(command: Command, tmp_path: Pa
 
 @pytest.mark.parametrize("victim", ["the command", "the launcher"])
 def test_a_killed_supervisor_leaves_no_rank(command: Command, tmp_path: Path, victim: str) -> None:
-    process = command.start("run_dir=run", FOREVER)
+    process = command.start("run_dir=run", FOREVER, "launch.restarts=0")
     wait_for_steps(process, tmp_path / "run", 2)
     family = psutil.Process(process.pid).children(recursive=True)
     if victim == "the command":

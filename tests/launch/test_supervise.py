@@ -150,18 +150,19 @@ def test_a_failed_rank_is_seen_with_its_exit_status(start, monkeypatch) -> None:
     assert start("fail").ranks[1] == 3
 
 
-def test_a_killed_launcher_leaves_no_rank(start, tmp_path: Path, monkeypatch) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.setattr(module, "FAILURE_GRACE_SECONDS", 0.5)
-
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_ranks_without_their_launcher_save_and_end(start, tmp_path: Path, number: int) -> None:  # type: ignore[no-untyped-def]
     def act() -> None:
         rank = psutil.Process(pids(tmp_path)[0])
-        rank.parent().kill()  # type: ignore[union-attr]
+        rank.parent().send_signal(number)  # type: ignore[union-attr]
 
     thread = once_started(tmp_path, 2, act)
     ending = start("run")
     thread.join()
-    assert ending.launcher_lost
-    assert ending.killed
+    assert (ending.launcher_lost, ending.killed) == (True, False)
+    assert ending.signals == (number == signal.SIGTERM)  # SIGTERM to the launcher is a wish to stop
+    assert (tmp_path / "stopped-0").exists()
+    assert (tmp_path / "stopped-1").exists()
     assert belonging(-1, start.identity) == []
 
 
