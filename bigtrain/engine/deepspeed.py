@@ -14,6 +14,7 @@ from bigtrain.batch import Batch, LossSums
 from bigtrain.config import Config, DeepSpeedConfig, MuonConfig, accumulation_steps, micro_batch
 from bigtrain.engine import optimizers, unpickling
 from bigtrain.engine.base import LossFunction, StepOutcome, T
+from bigtrain.redact import redact
 
 STATE = "engine"  # the checkpoint's subdirectory ("tag") for DeepSpeed's own files
 
@@ -168,9 +169,11 @@ class DeepSpeedEngine:
         writer, problems = self.engine.checkpoint_engine, []
         write = writer.save
 
-        def guarded(*args: Any, **kwargs: Any) -> None:
+        def guarded(state_dict: dict[str, Any], path: str) -> None:  # DeepSpeed names them, or not
             try:
-                write(*args, **kwargs)
+                if "ds_config" in state_dict:  # which can hold a key (comet.api_key); loading does not need it
+                    state_dict = state_dict | {"ds_config": redact(state_dict["ds_config"])}
+                write(state_dict, path)
             except Exception as error:
                 problems.append(error)
 

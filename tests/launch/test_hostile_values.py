@@ -53,14 +53,14 @@ def test_a_run_in_a_hostile_directory(tmp_path: Path, data_cache: Path) -> None:
     value = "$(touch PWNED);`touch PWNED` 'a\" & b"
     corpus, run = tmp_path / f"corpus {value}", tmp_path / f"run {value}"
     corpus.mkdir()
-    for number in range(5):
+    for number in range(20):
         (corpus / f"{number}.txt").write_text(f"{number} the quick brown fox jumps over the lazy dog. " * 40)
     quoted = {name: "'" + text.replace("'", "\\'") + "'" for name, text in
               {"run": str(run), "corpus": str(corpus), "value": value}.items()}  # fmt: skip
     done = subprocess.run(
         command("train", *TINY, "data=text", f"data.path={quoted['corpus']}", f"run_dir={quoted['run']}",
                 f"launch.env.VALUE={quoted['value']}", f"data.cache_dir={data_cache}", "data.tokenizer.vocab_size=300",
-                "model.max_seq_len=16", "data.held_out=0.2", "train.steps=1", "launch.ranks=1"),
+                "model.max_seq_len=16", "data.held_out=0.5", "train.steps=1", "launch.ranks=1"),
         cwd=tmp_path, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
