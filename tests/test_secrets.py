@@ -28,8 +28,7 @@ PLANTED = [
     f"launch.env.ENDPOINT=https://user:{secret(1)}@host/path",  # a login in a URL
     f"logger.wandb.name=password={secret(2)}",  # text
     f"logger.wandb.group=token={secret(3)}",
-    f"logger.wandb.tags=['api_key={secret(4)}']",  # a list's item
-    f"logger.wandb.project=https://user:{secret(5)}@host",
+    f"logger.wandb.tags=['api_key={secret(4)}','https://u:{secret(5)}@host']",  # a list's items
     f"engine.deepspeed.comet.api_key={secret(6)}",  # passed through
     f"train.lora.targets=['password={secret(7)}','{secret(8)}']",  # the second is the value of a variable
     f"launch.env.NOTE='{secret(0)} again'",  # a value of a secret variable under another name

@@ -16,6 +16,7 @@ from bigtrain.config import Config, DeepSpeedConfig, MuonConfig, accumulation_st
 from bigtrain.engine import optimizers, shards, unpickling
 from bigtrain.engine.base import LossFunction, StepOutcome, T, Write
 from bigtrain.engine.snapshot import snapshot
+from bigtrain.redact import redact
 
 STATE = "engine"  # the checkpoint's subdirectory ("tag") for DeepSpeed's own files
 
@@ -212,6 +213,8 @@ class DeepSpeedEngine:
 
         def guarded(state_dict: Any, path: str) -> None:
             try:
+                if "ds_config" in state_dict:  # which can hold a key (comet.api_key); loading does not need it
+                    state_dict = state_dict | {"ds_config": redact(state_dict["ds_config"])}
                 copied = snapshot(state_dict) if later else None
                 if copied is None:
                     write(state_dict, path)

@@ -60,7 +60,7 @@ def test_a_run_in_a_hostile_directory(tmp_path: Path, data_cache: Path) -> None:
     done = subprocess.run(
         command("train", *TINY, "data=text", f"data.path={quoted['corpus']}", f"run_dir={quoted['run']}",
                 f"launch.env.VALUE={quoted['value']}", f"data.cache_dir={data_cache}", "data.tokenizer.vocab_size=300",
-                "model.max_seq_len=16", "data.held_out=0.2", "train.steps=1", "launch.ranks=1"),
+                "model.max_seq_len=16", "data.held_out=0.5", "train.steps=1", "launch.ranks=1"),
         cwd=tmp_path, capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
