@@ -12,6 +12,7 @@ from bigtrain.config import QuestionAnsweringConfig
 from bigtrain.data.examples import Example
 from bigtrain.data.records import Record
 from bigtrain.data.tokenizer import special_ids
+from bigtrain.errors import ConfigError
 
 
 class QuestionEncoder:
@@ -28,6 +29,8 @@ class QuestionEncoder:
 
     Where a pair does not fit, a question longer than half of what is left beside the overlap loses its end: every
     window then brings at least as many new tokens of context as the question has.
+
+    `encode` raises ConfigError for a question all of whose answers are longer than a window's part of the context.
     """
 
     def __init__(self, task: QuestionAnsweringConfig, tokenizer: Any, max_seq_len: int) -> None:
@@ -41,9 +44,9 @@ class QuestionEncoder:
     def encode(self, records: Sequence[Record], label_ids: dict[str, int]) -> list[list[Example]]:
         self.tokenizer.no_truncation()
         encodings = self.tokenizer.encode_batch([(record["question"], record["context"]) for record in records])
-        return [self._windows(record["answers"], encoding) for record, encoding in zip(records, encodings, strict=True)]
+        return [self._windows(record, encoding) for record, encoding in zip(records, encodings, strict=True)]
 
-    def _windows(self, answers: list[dict[str, Any]], encoding: Any) -> list[Example]:
+    def _windows(self, record: Record, encoding: Any) -> list[Example]:
         whose = encoding.sequence_ids  # 0: the question's, 1: the context's, None: a special token
         question = [i for i, sequence in enumerate(whose) if sequence == 0]
         context = [i for i, sequence in enumerate(whose) if sequence == 1]
@@ -55,7 +58,13 @@ class QuestionEncoder:
         before = [i for i in range(border) if i not in lost]
         after = [i for i in range(border, len(whose)) if whose[i] != 1]
         room = self.length - len(before) - len(after)
-        spans = [span for answer in answers if (span := _tokens_of(answer, encoding.offsets, context)) is not None]
+        spans = [span for answer in record["answers"] if (span := _tokens_of(answer, encoding.offsets, context))]
+        if (shortest := min((last - first + 1 for first, last in spans), default=0)) > room:
+            raise ConfigError(  # its windows would all teach that there is no answer
+                "task.max_length", self.length,
+                f"{record['id']}: its answer has {shortest} tokens, and a window has room for {room} of the context",
+                "raise task.max_length (at most model.max_seq_len), or lower task.stride if the question is long",
+            )  # fmt: skip
         examples: list[Example] = []
         for begin in range(0, max(len(context) - self.stride, 1), room - self.stride):
             window = context[begin : begin + room]

@@ -103,6 +103,16 @@ def test_of_several_answers_the_first_that_the_window_holds(tokenizer: Tokenizer
     assert any(window["start"] for window in windows)
 
 
+def test_an_answer_longer_than_a_window_is_an_error_and_not_taught_as_none(tokenizer: Tokenizer) -> None:
+    room = 64 - 3 - len(tokenizer.encode(QUESTION, add_special_tokens=False).ids)
+    length = len(tokenizer.encode(CONTEXT, add_special_tokens=False).ids)
+    said = rf"task\.max_length=64: q: its answer has {length} tokens, and a window has room for {room} .*raise"
+    with pytest.raises(ConfigError, match=said):
+        encode(tokenizer, record(CONTEXT), 64, 12)
+    (window,), _ = encode(tokenizer, record(CONTEXT), length + 100, 12)
+    assert window["end"] - window["start"] + 1 == length
+
+
 def test_an_overlong_question_loses_its_end(tokenizer: Tokenizer) -> None:
     question = QUESTION * 30
     windows, cut = encode(tokenizer, record(question=question), 64, 12)
