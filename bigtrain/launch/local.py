@@ -104,7 +104,8 @@ def run(config: Config, placement: Placement, say: Callable[[str], None]) -> tup
         failed = any(failure_files(run_dir)) or any(ending.ranks.values()) or ending.hang is not None
         asked = ending.signals > 0
         if result is not None and not failed:
-            stopped = result.get("status") == "stopped"
+            ordered = config.train.stop_at is not None and result.get("train/steps", 0) >= config.train.stop_at
+            stopped = result.get("status") == "stopped" and not ordered  # train.stop_at is as good an end as any
             if asked or not (stopped and ending.launcher_lost):
                 return result, asked or stopped  # a rank may have been asked, not this process
         if asked and not any(failure_files(run_dir)):

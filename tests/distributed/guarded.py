@@ -130,7 +130,7 @@ def _spoiled(host: HostGroup, choices: dict[str, dict[str, Any]], precision: str
             config = configured(choice, precision, 6, {})
             engine = build(config)
             if do == "weight":
-                run, recorder = trainer(config, engine, host, Pattern(), Path(folder))
+                run, recorder = trainer(config, engine, host, Pattern(), Path(host.broadcast(folder)))
                 with torch.no_grad():
                     hook = poison_weight(engine)
             else:
@@ -222,7 +222,7 @@ def flipped(choices: dict[str, dict[str, Any]], precision: str) -> dict[str, Any
                 config = configured(choice, precision, 6, {"replay_every": 2}, deterministic=True)
                 engine = build(config, dropout=0.1)
                 torch.manual_seed(host.rank)
-                run, recorder = trainer(config, engine, host, Pattern(), Path(folder))
+                run, recorder = trainer(config, engine, host, Pattern(), Path(host.broadcast(folder)))
                 module = dict(engine.model.named_modules())["blocks.0.attention.out"]
                 hook = module.register_forward_hook(flip_a_bit(9 if bad and host.rank == 1 else 0))
                 try:
@@ -231,13 +231,15 @@ def flipped(choices: dict[str, dict[str, Any]], precision: str) -> dict[str, Any
                 except BigtrainError as error:
                     said.append(str(error))
                 hook.remove()
+                host.gather(None)  # rank 0's folder is everybody's
         with tempfile.TemporaryDirectory() as folder:  # and without replays: they must change nothing
             config = configured(choice, precision, 6, {}, deterministic=True)
             engine = build(config, dropout=0.1)
             torch.manual_seed(host.rank)
-            run, recorder = trainer(config, engine, host, Pattern(), Path(folder))
+            run, recorder = trainer(config, engine, host, Pattern(), Path(host.broadcast(folder)))
             run.fit()
             said.append(list(recorder.losses.values()))
+            host.gather(None)
         found[name] = said
     return found
 
