@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from bigtrain.checkpoint.changes import flatten
 from bigtrain.errors import BigtrainError
 from bigtrain.hooks.jsonl import read_metrics
 
@@ -122,17 +123,6 @@ def read_launch(run: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return data if isinstance(data, dict) else {}
-
-
-def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def _without_own(config: dict[str, Any]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Change:
 
 def compare(before: Config, now: Config) -> list[Change]:
     """Every difference but those of no consequence, in the order of the fields."""
-    old, new = _flat(schema.public(before)), _flat(schema.public(now))  # as config.yaml has them
+    old, new = flatten(schema.public(before)), flatten(schema.public(now))  # as config.yaml has them
     if now.model.vocab_size is None:  # follows the tokenizer, which is not made yet
         new["model.vocab_size"] = old.get("model.vocab_size")
     if before.data.prepared_dir and now.data.prepared_dir:  # named by a fingerprint of content and tokenizer
@@ -112,7 +112,7 @@ def check(before: Config, now: Config, other: str | None = None) -> list[Change]
 
 
 def _check_names(before: Config, now: Config) -> None:
-    fields = {*_flat(schema.to_dict(before)), *_flat(schema.to_dict(now))}
+    fields = {*flatten(schema.to_dict(before)), *flatten(schema.to_dict(now))}
     for name in now.resume_allow:
         if not any(_within(field, (name,)) for field in fields):
             near = nearest(name, fields)
@@ -167,11 +167,12 @@ def _within(key: str, names: tuple[str, ...] | list[str]) -> bool:
     return any(key == name or key.startswith((f"{name}.", f"{name} (")) for name in names)
 
 
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
     flat: dict[str, Any] = {}
     for key, value in data.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from bigtrain.engine import unpickling
 from bigtrain.engine.base import Engine
 from bigtrain.errors import BigtrainError
 from bigtrain.models.stored import StoredTensors
@@ -396,15 +397,6 @@ def read_layout(directory: Path, rank: int) -> Layout | None:
         raise BigtrainError(f"{file}: cannot be read: {error!r}") from None
 
 
-def saved_types() -> list[Any]:
-    """What DeepSpeed's files hold beside tensors and plain data: all that may be unpickled from them."""
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]
-
-
 class SavedShard:
     """One rank's engine files, opened when first asked for and mapped, not read: only what is used comes to memory."""
 
@@ -471,7 +463,7 @@ class SavedShard:
     def _load(self, name: str) -> Any:
         if name not in self._loaded:
             file = self.directory / name
-            types = [] if self.layout.form == ACCELERATE else saved_types()
+            types = [] if self.layout.form == ACCELERATE else unpickling.deepspeed_types()
             try:
                 with torch.serialization.safe_globals(types):
                     self._loaded[name] = torch.load(file, map_location="cpu", weights_only=True, mmap=True)

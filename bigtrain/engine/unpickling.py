@@ -52,14 +52,18 @@ def restrict() -> None:
     readers.pickle = SimpleNamespace(load=_load_index, dump=pickle.dump, dumps=pickle.dumps)
 
 
-def allow_deepspeed() -> None:
-    """Let torch's restricted reader take the classes that DeepSpeed's own files name."""
+def deepspeed_types() -> list[Any]:
+    """The classes that DeepSpeed's own files name: all that may be unpickled from them beside tensors."""
     import importlib
 
+    return [getattr(importlib.import_module(module), name) for module, name in _DEEPSPEED]
+
+
+def allow_deepspeed() -> None:
+    """Let torch's restricted reader take them."""
     import torch
 
-    found = [getattr(importlib.import_module(module), name) for module, name in _DEEPSPEED]
-    torch.serialization.add_safe_globals(found)
+    torch.serialization.add_safe_globals(deepspeed_types())
 
 
 class _IndexUnpickler(pickle.Unpickler):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
 import shlex
 import signal
@@ -22,16 +21,6 @@ from bigtrain.launch.supervise import WORKER
 
 pytestmark = pytest.mark.timeout(300)
 FOREVER = "train.steps=1000000"
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    letters = random.Random(0)
-    for number in range(8):
-        words = ("".join(letters.choices("etaoinshrdlu", k=letters.randint(1, 9))) for _ in range(400))
-        (folder / f"{number}.txt").write_text(" ".join(words))
-    return folder
 
 
 class Command:

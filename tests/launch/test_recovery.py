@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import subprocess
 import time
@@ -40,16 +39,6 @@ if os.environ.get("RANK") == "1" and os.environ.get("TROUBLE"):
     from torch.optim.optimizer import register_optimizer_step_pre_hook
     register_optimizer_step_pre_hook(trouble)
 """
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("corpus")
-    letters = random.Random(0)
-    for number in range(8):
-        words = ("".join(letters.choices("etaoinshrdlu", k=letters.randint(1, 9))) for _ in range(400))
-        (folder / f"{number}.txt").write_text(" ".join(words))
-    return folder
 
 
 @pytest.fixture
