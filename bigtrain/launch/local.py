@@ -34,9 +34,16 @@ ADDRESS = "127.0.0.1"
 RESTARTS = "BIGTRAIN_RESTARTS"  # in the ranks' environment: how often the run was started again, for result.json
 
 # glibc maps each large tensor anew and gives it back when it is freed, so that every step faults all its pages in
-# again: a fifth of a GPT-2 step on CPUs. Keep freed memory instead, in one arena.
-_KEEP_FREED_MEMORY = "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=1099511627776:glibc.malloc.top_pad=268435456"
-_KEEP_FREED_MEMORY += ":glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"
+# again: a fifth of a GPT-2 step on CPUs. Keep freed memory instead, in one arena. The small rests of aligned blocks
+# must not wait in the caches for small blocks: the freed tensor beside them could not grow back to its size with
+# them, and the next one like it would find no room but at the end of the heap, step after step.
+_KEEP_FREED_MEMORY = ":".join(
+    f"glibc.malloc.{name}"
+    for name in (
+        "mmap_max=0", "trim_threshold=1099511627776", "top_pad=268435456", "arena_max=1", "hugetlb=1",
+        "tcache_count=0", "mxfast=0",
+    )
+)  # fmt: skip
 
 # What another launcher (Slurm, torchrun, a surrounding run) may have left in the environment would mislead this one.
 # GPUs are named to the launcher by number instead of CUDA_VISIBLE_DEVICES, which it ignores with a warning.

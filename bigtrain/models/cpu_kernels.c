@@ -105,6 +105,53 @@ void cross_entropy(bf16 *logits, const int64_t *targets, float *loss, float *nll
   }
 }
 
+/* Causal scores (batch, queries, keys) in blocks that end at the diagonal: query r of a block sees the first
+   keys - queries + r + 1 keys. largest (batch, queries) gets the largest score that each query sees. */
+void attention_largest(const bf16 *scores, bf16 *largest, int64_t batch, int64_t queries, int64_t keys, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static, 16)
+  for (int64_t row = 0; row < batch * queries; row++) {
+    const bf16 *s = scores + row * keys;
+    int64_t seen = keys - queries + row % queries + 1;
+    float found = to_float(s[0]);
+#pragma omp simd reduction(max : found)
+    for (int64_t i = 1; i < seen; i++) {
+      float v = to_float(s[i]);
+      found = v > found ? v : found;
+    }
+    largest[row] = to_bf16(found);
+  }
+}
+
+/* The same blocks, less each query's largest score, become probabilities; log_sum (batch, queries) gets the logarithm of
+   what their exponentials were divided by. scratch holds `threads` rows of `keys` floats. */
+void attention_softmax(bf16 *scores, float *log_sum, float *scratch, int64_t batch, int64_t queries, int64_t keys,
+                       int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static, 16)
+  for (int64_t row = 0; row < batch * queries; row++) {
+#ifdef _OPENMP
+    extern int omp_get_thread_num(void);
+    float *e = scratch + keys * omp_get_thread_num();
+#else
+    float *e = scratch;
+#endif
+    bf16 *s = scores + row * keys;
+    int64_t seen = keys - queries + row % queries + 1;
+    float largest = to_float(s[0]), total = 0.0f; /* near 0; far from it where scores are too large for bfloat16 */
+#pragma omp simd reduction(max : largest)
+    for (int64_t i = 1; i < seen; i++) {
+      float v = to_float(s[i]);
+      largest = v > largest ? v : largest;
+    }
+#pragma omp simd reduction(+ : total)
+    for (int64_t i = 0; i < seen; i++) total += e[i] = fast_exp(to_float(s[i]) - largest);
+    float scale = 1.0f / total;
+#pragma omp simd
+    for (int64_t i = 0; i < seen; i++) s[i] = to_bf16(e[i] * scale);
+    memset(s + seen, 0, (keys - seen) * sizeof(bf16));
+    log_sum[row] = largest + logf(total);
+  }
+}
+
 /* Between the matmuls of attention's backward pass, for (batch, keys, queries):
    p holds log-probabilities and becomes probabilities, ds holds dP - delta and becomes p * ds;
    both 0 where a query is before its key. Query 0 and key 0 are the same token. */

@@ -21,6 +21,7 @@ from bigtrain.models.layers import draw_normal
 
 CHUNK_BYTES = 512 * 2**20  # of logits at a time: small against a GPU's memory, large enough to fill it with work
 CACHE_BYTES = 4 * 2**20  # of float32 logits at a time on a CPU, where they should not leave the cache
+TILE_WORDS = 4096  # of the weight's gradient at a time on a CPU: a vocabulary that is no multiple of 16 slows it down
 
 
 class Head(nn.Module):
@@ -82,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if d_hidden is None:
                 continue
             d_hidden[part] = logits @ weight
-            product = logits.t() @ hidden[part]
+            product = _weight_gradient(logits, hidden[part])
             if chunk == rows:
                 d_weight = product
             elif d_weight is None:
@@ -102,6 +103,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
         d_hidden, d_weight = ctx.gradients
         ctx.gradients = None
         return d_hidden.mul_(d_loss), d_weight.mul_(d_loss), None, None, None, None
+
+
+def _weight_gradient(d_logits: Tensor, hidden: Tensor) -> Tensor:
+    """d_logits (N, V), hidden (N, D) -> (V, D)."""
+    if d_logits.device.type != "cpu":
+        return d_logits.t() @ hidden
+    result = hidden.new_empty(d_logits.size(1), hidden.size(1))
+    for columns, rows in zip(d_logits.split(TILE_WORDS, 1), result.split(TILE_WORDS), strict=True):
+        torch.mm(columns.t(), hidden, out=rows)
+    return result
 
 
 def softmax_gradient_(
