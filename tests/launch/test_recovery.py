@@ -160,19 +160,14 @@ def test_an_exception_before_the_first_step_is_not_tried_again(command: Command,
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("victim", ["runner", "launch.py"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_launcher_that_is_killed_or_asked_to_stop(
-    command: Command, tmp_path: Path, victim: str, number: signal.Signals
-) -> None:
+def test_a_launcher_that_is_killed_or_asked_to_stop(command: Command, tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     process = command.start("run_dir=run", *SAVING)
     wait_for_steps(process, run, 12)
-    inner = ranks(tmp_path)[0].parent()
-    assert inner is not None
-    outer = inner.parent()
-    assert outer is not None
-    (outer if victim == "runner" else inner).send_signal(number)
+    launcher = ranks(tmp_path)[0].parent()
+    assert launcher is not None
+    launcher.send_signal(number)
     if number == signal.SIGKILL:
         (line,) = restarted(process, run, 1)
         assert "launcher was killed" in str(line["cause"])
