@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.test_local import Command, finish, ranks, steps, wait_for_steps
+from tests.launch.test_local import Command, finish, left_behind, ranks, shared_memory, steps, wait_for_steps
 from tests.runs import losses, result
 
 pytestmark = pytest.mark.timeout(400)
@@ -44,7 +44,7 @@ if os.environ.get("RANK") == "1" and os.environ.get("TROUBLE"):
 @pytest.fixture
 def command(tmp_path: Path, corpus: Path) -> Iterator[Command]:
     command = Command(tmp_path, corpus)
-    shared = set(os.listdir("/dev/shm"))
+    shared = set(shared_memory())
     yield command
     for process in command.started:
         process.kill()
@@ -53,7 +53,7 @@ def command(tmp_path: Path, corpus: Path) -> Iterator[Command]:
     for rank in left.values():
         rank.kill()
     assert not left, "processes were left behind"
-    assert {name for name in set(os.listdir("/dev/shm")) - shared if name.startswith(("torch_", "deepspeed_"))} == set()
+    assert left_behind(shared) == []
 
 
 def trouble(tmp_path: Path, what: str) -> list[str]:
