@@ -21,16 +21,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts backg
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# Where workers share the files out, the longest come first: or one of them would still be at it when the others are done.
-LONGEST = (
-    "test_readme",
-    "test_tasks",
-    "test_train",
-    "test_engines",
-    "test_default_recipe",
-    "test_reshard",
-    "test_local",
-)
+# Where workers share the files out, the longest come first: or one would still be at it when the others are done.
+LONGEST = ("test_readme", "test_tasks", "test_train", "test_engines", "test_default_recipe", "test_reshard")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

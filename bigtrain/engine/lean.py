@@ -12,8 +12,8 @@ def import_deepspeed() -> None:
     """Before anything else in this process imports it; what it leaves out is there as soon as somebody wants it.
 
     Its autotuner, which we never call, imports mlflow wherever that is installed (1 s). Its ZeRO optimizers import its
-    Muon, whichever optimizer they wrap, and that hands three functions to torch.compile at once, for which TorchInductor
-    is imported (0.7 s): let them be compiled when they are first called.
+    Muon, whichever optimizer they wrap, and that hands three functions to torch.compile at once, which imports
+    TorchInductor for that (0.7 s): let them be compiled when they are first called.
     """
     if "deepspeed" in sys.modules:
         return
