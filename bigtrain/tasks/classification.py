@@ -92,10 +92,12 @@ class Classification(LabelledTask):
         loss = {"eval/loss": totals.nll / totals.targets}
         if self.config.regression:
             return loss | metrics.regression([p for p, _ in found], [t for _, t in found])
-        return loss | metrics.classification(*self.predicted_and_true(totals), len(self.labels))
+        return loss | metrics.classification(*self._labels(totals), len(self.labels))
 
-    def predicted_and_true(self, totals: Totals) -> tuple[list[int], list[int]]:
-        """The numbers of the labels that were given, and of those that are right."""
+    def predicted_and_true(self, totals: Totals) -> tuple[list[int], list[int]] | None:
+        return None if self.config.regression else self._labels(totals)
+
+    def _labels(self, totals: Totals) -> tuple[list[int], list[int]]:
         found = totals.predictions.values()
         return [int(np.argmax(probabilities)) for probabilities, _ in found], [label for _, label in found]
 
