@@ -25,10 +25,10 @@ from bigtrain.data.prepare_examples import write_examples
 from bigtrain.data.records import open_records
 from bigtrain.data.tokenizer import find_tokenizer
 from bigtrain.errors import ConfigError
+from bigtrain.export import labels as labels_of
 from bigtrain.files import write_atomic
 from bigtrain.tasks import Task, Totals
 from bigtrain.tasks.labelled import LabelledTask
-from bigtrain.worker import LABELS
 
 RESAMPLES = (50, 500)  # of the examples, for the confidence intervals: at least, and at most
 RESAMPLING_SECONDS = 20.0  # after which it is enough
@@ -84,7 +84,7 @@ def _data(run: Path, config: Config, data: list[str], columns: dict[str, str | i
         return
     if not isinstance(config.task, LABELLED_TASKS):
         raise ConfigError("--data", data[0], f"RUN's task is {config.task.kind}, which has no labelled data to read")
-    labels = json.loads((run / LABELS).read_text(encoding="utf-8")) if (run / LABELS).is_file() else []
+    labels = labels_of(run, config) or []
     described = LabelledDataConfig(path=data, columns=columns)
     with tempfile.TemporaryDirectory(prefix="bigtrain-") as directory:
         records = open_records(described, record_kind(config.task), Path(directory))

@@ -1,6 +1,6 @@
 """One page about one run or several: pictures, results, and where their configs differ.
 
-Made from metrics.jsonl, result.json and config.yaml alone (and, of a run that was evaluated, from what that left in it),
+Made from metrics.jsonl, result.json and config.yaml alone (and, of one that was evaluated, from what that left in it),
 so that it works for a run that is going on, was killed, or was copied from elsewhere. The page is one file: pictures
 are embedded, nothing is loaded from a network.
 """
