@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from bigtrain.checkpoint import checkpoints
 from bigtrain.checkpoint.weights import read_weights
 from tests.runs import bigtrain, result
 
@@ -27,6 +29,7 @@ def test_classification_beats_the_most_frequent_label(classifier: Path) -> None:
     assert done["eval/majority"] < 0.2
     assert done["eval/accuracy"] > done["eval/majority"] + 0.1
     assert json.loads((classifier / "labels.json").read_text()) == done["data/labels"]
+    assert checkpoints(classifier)[-1].manifest["labels"] == done["data/labels"]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +59,9 @@ def test_evaluate_on_a_file_of_the_users(classifier: Path, evaluated: tuple[Path
     mine = tmp_path / "mine.jsonl"
     mine.write_text("".join(json.dumps({"code": row["text"], "family": row["label"]}) + "\n" for row in rows))
     columns = ["--column", "text=code", "--column", "label=family"]
-    bigtrain("evaluate", str(classifier), "--data", str(mine), *columns, "--out", str(tmp_path / "again"))
+    copied = tmp_path / "copied"  # without labels.json: the checkpoint knows them too
+    shutil.copytree(classifier, copied, ignore=shutil.ignore_patterns("labels.json"))
+    bigtrain("evaluate", str(copied), "--data", str(mine), *columns, "--out", str(tmp_path / "again"))
     again = [json.loads(line) for line in (tmp_path / "again" / "predictions.jsonl").read_text().splitlines()]
     assert [row["prediction"] for row in again] == [row["prediction"] for row in rows]
 
@@ -182,6 +187,8 @@ def test_a_model_is_adapted_by_changes_of_low_rank(
         (["task=masked_lm", "model=bert_tiny", "task.mask_fraction=2"], ["task.mask_fraction"]),
         (["train.lora.rank=4"], ["train.lora.rank=4", "model=pretrained"]),
         (["task=classification", "model=bert_tiny", "task.adversarial_epsilon=0"], ["task.adversarial_epsilon=0"]),
+        (["task=classification", "model=bert_tiny", "task.token_swap=1"], ["task.token_swap=1", "below 1"]),
+        (["task=classification", "model=bert_tiny", "task.token_deletion=-0.1"], ["task.token_deletion=-0.1"]),
     ],
 )
 def test_what_does_not_go_together_is_one_line(arguments: list[str], said: list[str], tmp_path: Path) -> None:
