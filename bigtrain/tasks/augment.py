@@ -1,7 +1,7 @@
 """Augmentation of a text without a dictionary: its own tokens change places, go, or become the unknown token.
 
-Swap and deletion are two of the four operations of "EDA" (Wei and Zou 2019, arXiv 1901.11196), the third is word dropout
-(Iyyer et al. 2015). What marks the text's parts (special tokens) stays where it is, and no token leaves its text.
+Swap and deletion are two of the four operations of "EDA" (Wei and Zou 2019, arXiv 1901.11196), the third is word
+dropout (Iyyer et al. 2015). What marks the text's parts (special tokens) stays, and no token leaves its text.
 """
 
 from __future__ import annotations

@@ -50,9 +50,8 @@ def test_deleted_tokens_are_gone_and_the_texts_marks_stay() -> None:
     assert list(found["tokens"][np.isin(found["tokens"], [CLS, SEP])]) == [CLS, SEP, SEP]
     own = found["tokens"][found["tokens"] >= 100]
     assert np.array_equal(own, np.sort(own))  # in their order
-    assert np.array_equal(
-        found["token_types"][1:] == 1, (found["tokens"][1:] >= 500) | (np.arange(len(own) + 2) == len(own) + 1)
-    )
+    assert not found["token_types"][(found["tokens"] >= 100) & (found["tokens"] < 500)].any()
+    assert found["token_types"][found["tokens"] >= 500].all()
 
 
 @pytest.mark.parametrize("seed", range(20))
