@@ -342,7 +342,7 @@ def export(run: Path, format: str, out: Path, encrypt: bool, key_file: str | Non
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to make; new or empty.")
 def decrypt(directory: Path, out: Path) -> None:
     """Write the files of an encrypted checkpoint or export in the clear, readable for you alone."""
-    from bigtrain.checkpoint import encryption
+    from bigtrain import encryption
 
     if not encryption.is_encrypted(directory):
         raise ConfigError("DIRECTORY", str(directory), "is not encrypted")

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain import config as configuration
-from bigtrain.checkpoint import checkpoints, encryption, newest
+from bigtrain import encryption
+from bigtrain.checkpoint import checkpoints, newest
 from bigtrain.checkpoint.weights import iterate_weights, write_weights
 from bigtrain.config import (
     ClassificationConfig,
