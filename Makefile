@@ -7,6 +7,8 @@ BIN := $(CURDIR)/$(VENV)/bin
 TORCH := $(shell nvidia-smi -L >/dev/null 2>&1 && echo "torch>=2.10" || echo "torch==2.13.0")
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check --quiet
 RUN ?= runs/default
+# Files of tests that run side by side. Each may have two ranks at work: more than one worker for two cores is no help.
+WORKERS ?= 2
 
 .PHONY: train test soak lint check-machine clean
 
@@ -19,7 +21,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not soak" $(TESTS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not soak" $(TESTS)
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m soak $(TESTS)

@@ -86,7 +86,7 @@ def _check_task(config: Config) -> None:
         fitting = "labelled" if isinstance(task, LABELLED_TASKS) else "text"
         problem = f"is not what task={task.kind} learns from"
         raise ConfigError("data.kind", data.kind, problem, f"take data={fitting} or data=stdlib")
-    for name in ("label_smoothing", "dropout", "token_dropout"):
+    for name in ("label_smoothing", "dropout", "token_dropout", "token_swap", "token_deletion"):
         _fraction(f"task.{name}", getattr(task, name, 0.0))
     _positive("task.z_loss", getattr(task, "z_loss", None), 0)
     _positive("task.max_length", getattr(task, "max_length", None), 8)

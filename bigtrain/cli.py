@@ -277,11 +277,33 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 @MAX_MEMORY
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write to; default: RUN/evaluation.")
+@click.option("--lm-eval", metavar="TASK[,TASK]", help="Instead: tasks of EleutherAI's lm-evaluation-harness.")
+@click.option(
+    "--include-path", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR",
+    help="With --lm-eval: a folder with tasks of your own.",
+)  # fmt: skip
+@click.option("--limit", type=click.IntRange(min=1), help="With --lm-eval: so many examples of each task.")
 def evaluate(
     run: Path, data: tuple[str, ...], columns: tuple[str, ...], batch: int, device: str, max_memory: tuple[str, ...],
-    out: Path | None,
+    out: Path | None, lm_eval: str | None, include_path: Path | None, limit: int | None,
 ) -> None:  # fmt: skip
     """Measure the model of RUN: a table with confidence intervals, metrics.json and predictions.jsonl."""
+    if lm_eval is not None:
+        if data or columns or max_memory:
+            raise click.UsageError("--lm-eval brings its own data: no --data, --column or --max-memory")
+        from bigtrain import harness
+
+        names = [name for part in lm_eval.split(",") if (name := part.strip())]
+        if not names:
+            raise click.UsageError("--lm-eval names no task")
+        results, file = harness.run(
+            run, names, include=include_path, limit=limit, batch=batch, device=device, out=out
+        )  # fmt: skip
+        click.echo(harness.table(results))
+        click.echo(file)
+        return
+    if include_path is not None or limit is not None:
+        raise click.UsageError("--include-path and --limit need --lm-eval")
     pairs: dict[str, str | int] = {}
     for column in columns:
         name, equals, value = column.partition("=")
@@ -320,7 +342,7 @@ def export(run: Path, format: str, out: Path, encrypt: bool, key_file: str | Non
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to make; new or empty.")
 def decrypt(directory: Path, out: Path) -> None:
     """Write the files of an encrypted checkpoint or export in the clear, readable for you alone."""
-    from bigtrain.checkpoint import encryption
+    from bigtrain import encryption
 
     if not encryption.is_encrypted(directory):
         raise ConfigError("DIRECTORY", str(directory), "is not encrypted")

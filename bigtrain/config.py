@@ -160,7 +160,10 @@ class ClassificationConfig:
     label_smoothing: float = 0.0
     dropout: float = 0.1  # before the classifier
     max_length: int | None = None  # tokens of an example, longer ones are cut; None: model.max_seq_len
-    token_dropout: float = 0.0  # augmentation: this fraction of a training text's tokens becomes the unknown token
+    # Augmentation: this fraction of a training text's tokens becomes the unknown token, changes places, or goes.
+    token_dropout: float = 0.0
+    token_swap: float = 0.0
+    token_deletion: float = 0.0
     # Half of the loss is that of embeddings changed for the worse, in one step (fgm) or several (pgd): robuster, and
     # two to three times the work of a step (more with pgd).
     adversarial: Literal["none", "fgm", "pgd"] = "none"

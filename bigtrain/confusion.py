@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+# Where `bigtrain evaluate` leaves what it found of a run, unless it is told otherwise, and `bigtrain report` looks.
+EVALUATION, METRICS, CONFUSION = "evaluation", "metrics.json", "confusion.png"
 MOST_NUMBERS = 20  # labels, up to which the picture's cells have their counts written in them
 
 

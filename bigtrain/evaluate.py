@@ -18,17 +18,17 @@ from bigtrain import config as configuration
 from bigtrain import confusion, tasks
 from bigtrain.checkpoint import inference, newest
 from bigtrain.config import LABELLED_TASKS, Config, LabelledDataConfig
+from bigtrain.confusion import CONFUSION, EVALUATION, METRICS
 from bigtrain.data.encode_examples import record_kind
 from bigtrain.data.example_loader import Share
 from bigtrain.data.prepare_examples import write_examples
 from bigtrain.data.records import open_records
 from bigtrain.data.tokenizer import find_tokenizer
 from bigtrain.errors import ConfigError
+from bigtrain.export import labels as labels_of
 from bigtrain.files import write_atomic
 from bigtrain.tasks import Task, Totals
-from bigtrain.tasks.classification import Classification
 from bigtrain.tasks.labelled import LabelledTask
-from bigtrain.worker import LABELS
 
 RESAMPLES = (50, 500)  # of the examples, for the confidence intervals: at least, and at most
 RESAMPLING_SECONDS = 20.0  # after which it is enough
@@ -49,7 +49,7 @@ def run(
 
     `data` names labelled files of the run's task; empty: the held-out part of what the run was trained on. Metrics of
     tasks on examples have a bootstrap confidence interval (Efron 1979), `<name>_low` and `<name>_high`; a classifier
-    also has a table by label, and confusion.png.
+    or tagger also has a table by label, and confusion.png. `bigtrain report` shows what lies in RUN/evaluation.
     device and max_memory: as `inference.load` has them.
     Raises ConfigError for what is no run, has no checkpoint, or data that do not fit the run's task or labels.
     """
@@ -62,17 +62,17 @@ def run(
         model, where = inference.load(lambda: task.build_model(used.model), checkpoint, device, max_memory)
         totals = measure(task, model, Share(0, 1, batch, batch, config.train.seed), where)
         metrics: dict[str, Any] = task.metrics(totals)
-        out = out or run / "evaluation"
+        out = out or run / EVALUATION
         out.mkdir(parents=True, exist_ok=True)
         if isinstance(task, LabelledTask):
             metrics |= intervals(task, totals, config.train.seed)
             write_atomic(out / "predictions.jsonl", "".join(_predictions(task, totals)))
-        if isinstance(task, Classification) and task.labels:
-            counts = confusion.matrix(*task.predicted_and_true(totals), len(task.labels))
-            metrics["labels"] = confusion.by_label(counts, task.labels)
-            (out / "confusion.png").write_bytes(confusion.picture(counts, task.labels))
+            if (labels := task.predicted_and_true(totals)) is not None:
+                counts = confusion.matrix(*labels, len(task.labels))
+                metrics["labels"] = confusion.by_label(counts, task.labels)
+                (out / CONFUSION).write_bytes(confusion.picture(counts, task.labels))
     metrics |= {"checkpoint": checkpoint.name, "data": data or "held-out", "examples": len(totals.predictions)}
-    write_atomic(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
+    write_atomic(out / METRICS, json.dumps(metrics, indent=1) + "\n")
     return metrics, out
 
 
@@ -84,7 +84,7 @@ def _data(run: Path, config: Config, data: list[str], columns: dict[str, str | i
         return
     if not isinstance(config.task, LABELLED_TASKS):
         raise ConfigError("--data", data[0], f"RUN's task is {config.task.kind}, which has no labelled data to read")
-    labels = json.loads((run / LABELS).read_text(encoding="utf-8")) if (run / LABELS).is_file() else []
+    labels = labels_of(run, config) or []
     described = LabelledDataConfig(path=data, columns=columns)
     with tempfile.TemporaryDirectory(prefix="bigtrain-") as directory:
         records = open_records(described, record_kind(config.task), Path(directory))

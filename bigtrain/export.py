@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain import config as configuration
-from bigtrain.checkpoint import encryption, newest
+from bigtrain import encryption
+from bigtrain.checkpoint import checkpoints, newest
 from bigtrain.checkpoint.weights import iterate_weights, write_weights
 from bigtrain.config import (
     ClassificationConfig,
@@ -97,14 +98,20 @@ def architecture(config: Config) -> str:
 
 
 def labels(run: Path, config: Config) -> list[str] | None:
-    """The names of a classifier's outputs; None for other tasks. Raises ConfigError if the run has not kept them."""
+    """The names of a classifier's outputs; None for other tasks. From labels.json, else from the newest checkpoint.
+
+    Raises ConfigError if the run has not kept them.
+    """
     regression = isinstance(config.task, ClassificationConfig) and config.task.regression
     if regression or not isinstance(config.task, (ClassificationConfig, TaggingConfig)):
         return None
     try:
         names = json.loads((run / LABELS).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError("RUN", str(run), f"holds no {LABELS}, the names of its labels") from None
+        found = checkpoints(run)
+        names = found[-1].manifest.get("labels") if found else None
+        if not names:
+            raise ConfigError("RUN", str(run), f"holds no {LABELS}, the names of its labels") from None
     except (OSError, ValueError) as error:
         raise ConfigError("RUN", str(run), f"its {LABELS} cannot be read ({error})") from None
     if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):

@@ -1,7 +1,8 @@
 """One page about one run or several: pictures, results, and where their configs differ.
 
-Made from metrics.jsonl, result.json and config.yaml alone, so that it works for a run that is going on, was killed, or
-was copied from elsewhere. The page is one file: pictures are embedded, nothing is loaded from a network.
+Made from metrics.jsonl, result.json and config.yaml alone (and, of one that was evaluated, from what that left in it),
+so that it works for a run that is going on, was killed, or was copied from elsewhere. The page is one file: pictures
+are embedded, nothing is loaded from a network.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 import yaml
 
 from bigtrain import __version__
+from bigtrain.confusion import CONFUSION, EVALUATION, METRICS
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.hooks.console import HEADLINES, count, duration
 from bigtrain.hooks.jsonl import read_metrics
@@ -35,6 +37,8 @@ class Run:
     rows: list[dict[str, Any]]  # of metrics.jsonl
     result: dict[str, Any]  # of result.json, else what the metrics say so far
     config: dict[str, Any]  # dotted key -> value, secrets taken out
+    evaluation: dict[str, Any]  # of `bigtrain evaluate`: metrics.json, empty if it was not run
+    confusion: bytes | None  # and its picture
 
     def series(self, metric: str) -> Series:
         """The finite values of a metric and their steps, each (points,)."""
@@ -100,7 +104,16 @@ def _load_run(path: Path, name: str) -> Run:
     except ValueError:  # torn by a kill
         result = {}
     config = dict(_flatten(redact(settings))) if isinstance(settings, dict) else {}
-    return Run(name, path, rows, _so_far(rows) | redact(result), config)
+    return Run(name, path, rows, _so_far(rows) | redact(result), config, *_evaluation(path / EVALUATION))
+
+
+def _evaluation(directory: Path) -> tuple[dict[str, Any], bytes | None]:
+    try:
+        found = redact(json.loads((directory / METRICS).read_text(encoding="utf-8")))
+        picture = (directory / CONFUSION).read_bytes() if found.get("labels") else None
+    except (OSError, ValueError, AttributeError):  # none, of a task without labels, or no longer whole
+        return {}, None
+    return found, picture
 
 
 def _read(path: Path) -> str:
@@ -366,6 +379,7 @@ def render(runs: list[Run], pictures: dict[str, bytes]) -> str:
     sections.append(f'<div class="grid">{"".join(small)}</div>' if small else "")
     sections.append(f"<h2>Results</h2>{_results(runs)}")
     if len(runs) == 1:
+        sections.append(_labels(runs[0]))
         rows = [[key, _setting(value)] for key, value in runs[0].config.items()]
         if rows:
             sections.append(f"<details><summary>Config</summary>{_table(['key', 'value'], rows)}</details>")
@@ -439,6 +453,24 @@ def _results(runs: list[Run]) -> str:
     return _table(["", *(escape(run.name) for run in runs)] if len(runs) > 1 else [], rows, numeric=True)
 
 
+def _labels(run: Run) -> str:
+    """How well each label is told from the others, as the last `bigtrain evaluate` of the run found it."""
+    if run.confusion is None:
+        return ""
+    rows = [
+        [escape(row["label"]), *(f"{row[key]:.4f}" for key in ("precision", "recall", "f1")), f"{row['examples']:,}"]
+        for row in run.evaluation["labels"]
+    ]
+    data = run.evaluation["data"]
+    about = f"{run.evaluation['checkpoint']} on {data if isinstance(data, str) else ', '.join(data)}"
+    source = f"data:image/png;base64,{base64.b64encode(run.confusion).decode()}"
+    return (
+        f"<h2>Labels</h2><p>{escape(about)}</p>"
+        f'<figure class="square"><img id="confusion" alt="confusion matrix" src="{source}"></figure>'
+        + _table(["", "Precision", "Recall", "F1", "Examples"], rows, numeric=True)
+    )
+
+
 def _differences(runs: list[Run]) -> str:
     keys = dict.fromkeys(key for run in runs for key in run.config if key not in NOT_COMPARED)
     rows = []
@@ -482,6 +514,7 @@ header p { color: var(--muted); margin: 4px 0 24px; overflow-wrap: anywhere; }
 .card b { font-size: 25px; font-weight: 650; letter-spacing: -0.01em; font-variant-numeric: tabular-nums; }
 figure { margin: 0 0 16px; padding: 14px 16px 10px; }
 figure img { display: block; width: 100%; height: auto; }
+figure.square { max-width: 640px; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)); gap: 16px; }
 .grid figure { margin: 0; }
 .scroll { overflow-x: auto; }

@@ -328,6 +328,7 @@ class Trainer:
             "tokens": self.tokens,
             "sequences": self.sequences(),
             "config": changes.recorded(self.config),
+            "labels": self.task.labels,
             "train_seconds": self._seconds(),
             "metric": facts.metric(self.config.train.objective, seen),
             "hooks": states,

@@ -81,7 +81,8 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
     device = start.init_distributed("cuda" if config.launch.device == "cuda" else "cpu", config.launch.timeout_seconds)
     host = HostGroup(config.launch.timeout_seconds)
     heartbeat.phase(heartbeat.BUILDING)
-    torch.use_deterministic_algorithms(train.deterministic)
+    if train.deterministic:
+        torch.use_deterministic_algorithms(True)
     task = tasks.build(config)
     parameters = trained = 0
 

@@ -14,13 +14,20 @@ FORBID_SKIPS = os.environ.get("BIGTRAIN_FORBID_SKIPS") == "1"  # set by .ci/run
 HAS_GPU = shutil.which("nvidia-smi") is not None
 
 os.environ.setdefault("WANDB_MODE", "offline")
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers side by side, and ranks beside them: no more threads than cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts background jobs: children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# Where workers share the files out, the longest come first: or one would still be at it when the others are done.
+LONGEST = ("test_readme", "test_tasks", "test_train", "test_engines", "test_default_recipe", "test_reshard")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without a GPU its tests are left out, not skipped: no package can bring one."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     if HAS_GPU:
         return
     left_out = [item for item in items if item.get_closest_marker("gpu")]
@@ -41,8 +48,12 @@ def pytest_runtest_makereport(
 
 @pytest.fixture(scope="session")
 def data_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache of prepared data for the whole session: the same corpus is tokenized once."""
-    return tmp_path_factory.mktemp("data_cache")
+    """One cache of prepared data for the whole session, all its workers: the same corpus is tokenized once."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return tmp_path_factory.mktemp("data_cache")
+    cache = tmp_path_factory.getbasetemp().parent / "data_cache"
+    cache.mkdir(exist_ok=True)
+    return cache
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bigtrain import confusion
 from bigtrain.config import Config, dump
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.report import load_runs, smooth, thin, write_report
@@ -96,6 +98,25 @@ def test_the_page_needs_nothing_else_and_shows_no_secret(tmp_path: Path) -> None
     assert cells(html, "Held-out loss") == ["2.5000"]
     assert cells(html, "Training time") == ["0:01:15"]
     assert "3.3M parameters" in html
+
+
+def test_an_evaluated_classifier_shows_its_labels(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "first")
+    assert "confusion" not in write_report([run]).read_text()
+    counts = confusion.matrix([0, 0, 1, 1, 1], [0, 1, 1, 1, 0], 2)
+    found = {"labels": confusion.by_label(counts, ["<b>", "dog"]), "checkpoint": "step-60", "data": "held-out"}
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "metrics.json").write_text(json.dumps(found))
+    (run / "evaluation" / "confusion.png").write_bytes(png := confusion.picture(counts, ["<b>", "dog"]))
+    html = write_report([run]).read_text()
+    assert cells(html, "&lt;b&gt;") == ["0.5000", "0.5000", "0.5000", "2"]
+    assert cells(html, "dog") == ["0.6667", "0.6667", "0.6667", "3"]
+    assert f'id="confusion" alt="confusion matrix" src="data:image/png;base64,{base64.b64encode(png).decode()}"' in html
+    assert "step-60 on held-out" in html
+    assert "confusion" not in write_report([run, make_run(tmp_path / "other")], tmp_path / "both").read_text()
+
+    (run / "evaluation" / "metrics.json").write_text('{"labels": [')  # torn
+    assert "confusion" not in write_report([run]).read_text()
 
 
 def test_several_runs_share_axes_and_their_differences_are_listed(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_resume_after_ctrl_c_continues_bit_for_bit(uninterrupted: Path, tmp_path
     arguments = [*TINY, "model.dropout=0.1", "train.steps=24", f"run_dir={run}", f"data.cache_dir={data_cache}"]
     # Slow enough to be stopped in the middle: evaluating after every step changes nothing that is learned.
     process = subprocess.Popen(
-        command("train", *arguments, "train.eval_every=1", "train.eval_batches=64"),
+        command("train", *arguments, "train.eval_every=1", "train.eval_batches=32"),
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigtrain import __version__
-from bigtrain.checkpoint import encryption, find, integrity, reshard
+from bigtrain import __version__, encryption
+from bigtrain.checkpoint import find, integrity, reshard
 from bigtrain.checkpoint.find import FOLDER, HIDDEN, Checkpoint, Keep, checkpoints, hide_and_remove
 from bigtrain.checkpoint.weights import write_weights
 from bigtrain.config import EncryptionConfig

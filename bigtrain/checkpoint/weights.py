@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bigtrain.checkpoint import encryption
+from bigtrain import encryption
 from bigtrain.checkpoint.find import is_checkpoint, refused
 from bigtrain.checkpoint.integrity import damaged, listed, read_manifest
 from bigtrain.errors import BigtrainError

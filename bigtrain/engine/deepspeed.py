@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from bigtrain.batch import Batch, LossSums
 from bigtrain.config import Config, DeepSpeedConfig, MuonConfig, accumulation_steps, micro_batch
-from bigtrain.engine import optimizers, shards, unpickling
+from bigtrain.engine import lean, optimizers, shards, unpickling
 from bigtrain.engine.base import LossFunction, StepOutcome, T, Write
 from bigtrain.engine.snapshot import snapshot
 from bigtrain.redact import redact
@@ -142,6 +142,7 @@ class DeepSpeedEngine:
     """ZeRO stages 0 to 3 (arXiv 1910.02054), offload (2101.06840) and Infinity (2104.07857)."""
 
     def __init__(self, config: Config, build_model: Callable[[], nn.Module], device: torch.device) -> None:
+        lean.import_deepspeed()
         import deepspeed
 
         # An op for all-reduce in inference: training never calls it, yet initialisation would build it (a minute of

@@ -47,8 +47,9 @@ def first_cause(run_dir: Path, ending: Ending) -> Cause:
             f"stacks of all ranks in {run_dir}/logs/; if it only needs longer, raise launch.hang_seconds",
         )
     codes = list(ending.ranks.values())
-    if ending.launcher_lost or (codes and ending.exit_code == 0 and not ending.killed and _all_killed(codes)):
-        # Of the launcher's two processes the inner one takes the ranks with it, and the outer one then reports success.
+    # A killed launcher takes the ranks with it; where it had a parent (`deepspeed` itself), that one reports success.
+    gone = ending.exit_code == -signal.SIGKILL or (codes and ending.exit_code == 0 and _all_killed(codes))
+    if ending.launcher_lost or (gone and not ending.killed):
         return Cause(
             f"the deepspeed launcher was killed{at}; the ranks were ended", "the deepspeed launcher was killed"
         )

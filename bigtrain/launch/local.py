@@ -1,7 +1,8 @@
-"""Ranks on this machine, through the real deepspeed launcher."""
+"""Ranks on this machine, through the real deepspeed launcher: the part of it that starts the ranks of one host."""
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import os
@@ -64,15 +65,13 @@ class Start:
 def start_of(config: Config, placement: Placement, sha256: str) -> Start:
     """The command and environment for `config`, whose launch section says what `placement` resolved."""
     port = config.launch.master_port or free_port()
-    if placement.device == "cuda":
-        devices = ["--include=localhost:" + ",".join(str(gpu.index) for gpu in placement.gpus)]
-    else:
-        devices = [f"--num_accelerators={placement.ranks}"]
+    devices = [gpu.index for gpu in placement.gpus] if placement.device == "cuda" else list(range(placement.ranks))
+    world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
     command = [
-        sys.executable, "-m", "deepspeed.launcher.runner",
-        "--hostfile=/dev/null",  # no file: a stray /job/hostfile is not ours
-        *devices, f"--master_addr={ADDRESS}", f"--master_port={port}",
-        "--no_local_rank", "--log_level=critical",
+        # What `deepspeed` itself starts on a single host, once it has found out what is known here: that takes it two
+        # seconds, most of them to import torch and itself.
+        sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}",
+        f"--master_addr={ADDRESS}", f"--master_port={port}", "--no_local_rank", "--log_level=critical",
         "--module", WORKER, str(Path(config.run_dir) / "config.yaml"), "--sha256", sha256,
     ]  # fmt: skip
     environment = {

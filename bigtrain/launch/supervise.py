@@ -77,7 +77,10 @@ def supervise(
         )
         try:
             _watch(launcher, ending, ranks, stop_seconds, failed, look)
-            clean = not ending.killed and not ending.launcher_lost and ending.exit_code == 0
+            failed_ranks = any(ending.ranks.values())
+            clean = not (ending.killed or ending.launcher_lost or failed_ranks) and ending.exit_code == 0
+            if clean:
+                launcher.kill()  # it would see the ends of its ranks only when it next looks, within a second
             _end_all(launcher, environment[LAUNCH_ID], HELPER_GRACE_SECONDS if clean else 0)
         except BaseException:
             _end_all(launcher, environment[LAUNCH_ID], 0)
@@ -143,9 +146,9 @@ def _watch(
 
 
 def _told_enough(ending: Ending) -> bool:
-    """Whether the ranks' own statuses say what failed, so that the launcher's need not be waited for."""
+    """Whether the ranks' own statuses say how it ended, so that the launcher's need not be waited for."""
     codes = set(ending.ranks.values())
-    return None not in codes and bool(codes - {0, -signal.SIGKILL})
+    return None not in codes and (codes == {0} or bool(codes - {0, -signal.SIGKILL}))
 
 
 class _Watch:

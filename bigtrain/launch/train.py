@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigtrain import checks, hardware
+from bigtrain import checks, encryption, hardware
 from bigtrain import config as schema
-from bigtrain.checkpoint import changes, encryption
+from bigtrain.checkpoint import changes
 from bigtrain.checkpoint.changes import Change
 from bigtrain.checkpoint.find import Checkpoint
 from bigtrain.config import LABELLED_TASKS, Config, DeepSpeedConfig

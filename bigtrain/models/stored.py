@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigtrain.checkpoint import encryption
+from bigtrain import encryption
 from bigtrain.errors import BigtrainError
 
 SINGLE = "model.safetensors"

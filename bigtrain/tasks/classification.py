@@ -15,6 +15,7 @@ from bigtrain.data.example_loader import Rows, stack
 from bigtrain.models.heads import ClassificationHead
 from bigtrain.tasks import metrics
 from bigtrain.tasks.adversarial import worst_change
+from bigtrain.tasks.augment import augmented
 from bigtrain.tasks.base import Evaluated, Totals
 from bigtrain.tasks.labelled import LabelledTask, WithHead, build_encoder
 
@@ -38,22 +39,16 @@ class Classification(LabelledTask):
         return WithHead(backbone, head, pooled=True)
 
     def collate(self, rows: Rows, random: np.random.Generator | None) -> Batch:
+        if random is not None:
+            unknown = self.special_ids.get("unk", self.special_ids["pad"])
+            rows = augmented(rows, self.config, self.special_ids.values(), unknown, random)
         batch = self.inputs(rows)
-        if random is not None and self.config.token_dropout:
-            batch["tokens"] = self.drop_tokens(batch["tokens"], batch["attention_mask"], random)
         label = stack(rows, "label")
         if self.config.regression:
             batch["value"] = label
         else:
             batch["label"] = label.long().where(batch["index"] >= 0, IGNORED)
         return batch
-
-    def drop_tokens(self, tokens: torch.Tensor, mask: torch.Tensor, random: np.random.Generator) -> torch.Tensor:
-        """Augmentation: a random part of the text's own tokens becomes the unknown token."""
-        special = torch.isin(tokens, torch.tensor(sorted(self.special_ids.values())))
-        dropped = torch.from_numpy(random.random(tokens.shape)) < self.config.token_dropout
-        unknown = self.special_ids.get("unk", self.special_ids["pad"])
-        return tokens.masked_fill(dropped & mask.bool() & ~special, unknown)
 
     def count_targets(self, batch: Batch) -> int:
         return int((batch["index"] >= 0).sum())
@@ -92,10 +87,12 @@ class Classification(LabelledTask):
         loss = {"eval/loss": totals.nll / totals.targets}
         if self.config.regression:
             return loss | metrics.regression([p for p, _ in found], [t for _, t in found])
-        return loss | metrics.classification(*self.predicted_and_true(totals), len(self.labels))
+        return loss | metrics.classification(*self._labels(totals), len(self.labels))
 
-    def predicted_and_true(self, totals: Totals) -> tuple[list[int], list[int]]:
-        """The numbers of the labels that were given, and of those that are right."""
+    def predicted_and_true(self, totals: Totals) -> tuple[list[int], list[int]] | None:
+        return None if self.config.regression else self._labels(totals)
+
+    def _labels(self, totals: Totals) -> tuple[list[int], list[int]]:
         found = totals.predictions.values()
         return [int(np.argmax(probabilities)) for probabilities, _ in found], [label for _, label in found]
 

@@ -90,6 +90,10 @@ class LabelledTask(ABC):
     @abstractmethod
     def metrics(self, totals: Totals) -> dict[str, float]: ...
 
+    def predicted_and_true(self, totals: Totals) -> tuple[list[int], list[int]] | None:
+        """The numbers of the labels that were given, and of those that are right; None for what gives no labels."""
+        return None
+
     @abstractmethod
     def prediction(self, row: Any) -> dict[str, Any]:
         """A row of the predictions file, of what `join` gave for a record."""

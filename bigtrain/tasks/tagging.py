@@ -69,6 +69,11 @@ class Tagging(LabelledTask):
         predicted, true = ([[self.labels[tag] for tag in row[side]] for row in found] for side in (0, 1))
         return {"eval/loss": totals.nll / totals.targets} | metrics.tagging(predicted, true)
 
+    def predicted_and_true(self, totals: Totals) -> tuple[list[int], list[int]]:
+        """Word by word."""
+        predicted, true = ([tag for row in totals.predictions.values() for tag in row[side]] for side in (0, 1))
+        return predicted, true
+
     def prediction(self, row: Any) -> dict[str, Any]:
         """A row of the predictions file: a tag for each word."""
         return {"prediction": [self.labels[tag] for tag in row[0]]}

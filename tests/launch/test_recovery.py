@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.test_local import Command, finish, ranks, steps, wait_for_steps
+from tests.launch.test_local import Command, finish, left_behind, ranks, shared_memory, steps, wait_for_steps
 from tests.runs import losses, result
 
 pytestmark = pytest.mark.timeout(400)
@@ -44,7 +44,7 @@ if os.environ.get("RANK") == "1" and os.environ.get("TROUBLE"):
 @pytest.fixture
 def command(tmp_path: Path, corpus: Path) -> Iterator[Command]:
     command = Command(tmp_path, corpus)
-    shared = set(os.listdir("/dev/shm"))
+    shared = set(shared_memory())
     yield command
     for process in command.started:
         process.kill()
@@ -53,7 +53,7 @@ def command(tmp_path: Path, corpus: Path) -> Iterator[Command]:
     for rank in left.values():
         rank.kill()
     assert not left, "processes were left behind"
-    assert {name for name in set(os.listdir("/dev/shm")) - shared if name.startswith(("torch_", "deepspeed_"))} == set()
+    assert left_behind(shared) == []
 
 
 def trouble(tmp_path: Path, what: str) -> list[str]:
@@ -160,19 +160,14 @@ def test_an_exception_before_the_first_step_is_not_tried_again(command: Command,
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("victim", ["runner", "launch.py"])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_launcher_that_is_killed_or_asked_to_stop(
-    command: Command, tmp_path: Path, victim: str, number: signal.Signals
-) -> None:
+def test_a_launcher_that_is_killed_or_asked_to_stop(command: Command, tmp_path: Path, number: signal.Signals) -> None:
     run = tmp_path / "run"
     process = command.start("run_dir=run", *SAVING)
     wait_for_steps(process, run, 12)
-    inner = ranks(tmp_path)[0].parent()
-    assert inner is not None
-    outer = inner.parent()
-    assert outer is not None
-    (outer if victim == "runner" else inner).send_signal(number)
+    launcher = ranks(tmp_path)[0].parent()
+    assert launcher is not None
+    launcher.send_signal(number)
     if number == signal.SIGKILL:
         (line,) = restarted(process, run, 1)
         assert "launcher was killed" in str(line["cause"])

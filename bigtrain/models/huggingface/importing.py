@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bigtrain.checkpoint.encryption import is_encrypted
 from bigtrain.config import EncoderConfig, OurModelConfig
+from bigtrain.encryption import is_encrypted
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.models.huggingface.names import BACKBONE, Family, family_of
 from bigtrain.models.stored import INDEX, SINGLE, StoredTensors

@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from bigtrain import cli
-from bigtrain.checkpoint import encryption
-from bigtrain.checkpoint.encryption import _HEADER, CHUNK_BYTES, TAG_BYTES
+from bigtrain import cli, encryption
 from bigtrain.config import EncryptionConfig
+from bigtrain.encryption import _HEADER, CHUNK_BYTES, TAG_BYTES
 from bigtrain.errors import BigtrainError, ConfigError
 from tests.runs import TINY, bigtrain, losses
 
