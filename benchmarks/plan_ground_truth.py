@@ -1,8 +1,8 @@
 """The planner's estimates beside what others have measured and published: `python benchmarks/plan_ground_truth.py`.
 
-The figures lie in benchmarks/ground_truth with their sources. Constants are never fitted on the rows that they are tested on:
-throughput is predicted for each model with the constants of all the others (leave one model out), at every device at
-once. `--fit` prints the constants of all rows together, which bigtrain/plan/efficiency.py holds.
+The figures lie in benchmarks/ground_truth with their sources. Constants are never fitted on the rows that they are
+tested on: throughput is predicted for each model with the constants of all the others (leave one model out), at every
+device at once. `--fit` prints the constants of all rows together, which bigtrain/plan/efficiency.py holds.
 """
 
 from __future__ import annotations
@@ -179,8 +179,8 @@ def throughput_errors() -> tuple[list[Row], Errors]:
 
 
 def rule_of_thumb_errors(found: list[Row]) -> Errors:
-    """What C = 6 P D makes of the same rows (Kaplan et al., arXiv 2001.08361; EleutherAI's cookbook, calc/README.md) with
-    the best single utilisation of each device, found on the rows of other models: the yardstick."""
+    """What C = 6 P D makes of the same rows (Kaplan et al., arXiv 2001.08361; EleutherAI's cookbook, calc/README.md)
+    with the best single utilisation of each device, found on the rows of other models: the yardstick."""
     lines = read("llm_foundry")
     ideal = []
     for line, row in zip(lines, found, strict=True):
@@ -206,8 +206,8 @@ def rule_of_thumb_errors(found: list[Row]) -> Errors:
 
 def megatron_config(line: dict[str, str]) -> Config:
     """Of a row with dim, layers, heads and batch, as those papers have it: 2,048 tokens of 51,200 words."""
-    shape = (int(line[key]) for key in ("dim", "layers", "heads"))
-    return decoder_config(*shape, 51200, 2048, int(line["batch"]), int(line.get("micro_batch", 1)), True)
+    dim, layers, heads, batch = (int(line[key]) for key in ("dim", "layers", "heads", "batch"))
+    return decoder_config(dim, layers, heads, 51200, 2048, batch, int(line.get("micro_batch", 1)), True)
 
 
 def megatron_flops(config: Config, batch: int) -> float:

@@ -1,8 +1,8 @@
 """How much of a device's peak kernels reach, as a handful of constants for each generation of devices.
 
 They were fitted on llm-foundry's public throughput tables (benchmarks/ground_truth/llm_foundry.csv: 125M to 70B
-parameters, 512 to 65,536 tokens, 8 to 128 GPUs, FSDP); `benchmarks/plan_ground_truth.py --fit` prints them. The error that
-they are published with is that of models left out of the fit. Attention is apart: those tables were made with a
+parameters, 512 to 65,536 tokens, 8 to 128 GPUs, FSDP); `benchmarks/plan_ground_truth.py --fit` prints them. Their
+published error is that of models left out of the fit. Attention is apart: those tables were made with a
 Triton kernel that has been replaced since.
 """
 

@@ -117,10 +117,7 @@ def sequence_length(config: Config) -> int:
 def operations(config: Config, sequences: int) -> Operations:
     """What `sequences` full-length sequences cost in a forward pass with the loss."""
     model, length = our_model(config.model), sequence_length(config)
-    if isinstance(model, Seq2SeqConfig):
-        tokens = 2 * sequences * length
-    else:
-        tokens = sequences * length
+    tokens = (2 if isinstance(model, Seq2SeqConfig) else 1) * sequences * length
     return Operations(
         tokens, tuple(_matmuls(config, model, sequences, length)), tuple(_scores(model, sequences, length))
     )
@@ -201,7 +198,7 @@ def elementwise_bytes(config: Config, sequences: int, element_bytes: int) -> flo
         per_layer += 2 * 5 * model.dim  # queries and keys, each by cos and sin
     if model.dropout:
         per_layer += 2 * 2 * model.dim
-    per_token = model.n_layers * per_layer
+    per_token = float(model.n_layers * per_layer)
     if isinstance(model, Seq2SeqConfig):  # half of the tokens in each of the two stacks, one more norm and sum
         per_token = (model.n_layers * per_layer + model.n_decoder_layers * (per_layer + 5 * model.dim)) / 2
     head = max(

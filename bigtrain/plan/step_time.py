@@ -1,8 +1,8 @@
 """How long an optimizer step takes.
 
-A roofline by parts: every matmul at a fraction of the peak, attention at another, elementwise kernels at a fraction of the
-memory bandwidth, collectives on their links, partly hidden behind computation. The fractions are in efficiency.py; what
-they multiply, the `Ideal`, has no fitted constant in it.
+A roofline by parts: every matmul at a fraction of the peak, attention at another, elementwise kernels at a fraction of
+the memory bandwidth, collectives on their links, partly hidden behind computation. The fractions are in efficiency.py;
+what they multiply, the `Ideal`, has no fitted constant in it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ HOST_BYTES_PER_SECOND = 200e9  # of a node's main memory, for an optimizer on th
 MUON_MATMULS = 15  # five Newton-Schulz iterations of three matmuls
 
 FORMULAS = {
-    "forward": ("2 m n k / (peak x efficiency) + scores + elementwise bytes / bandwidth", "arXiv 2204.02311, appendix B"),
+    "forward": ("2 m n k / (peak x efficiency) + scores + bytes / bandwidth", "arXiv 2204.02311, appendix B"),
     "backward": ("two matmuls for each of the forward's; 2.5 x the scores; 2 x the bytes", "arXiv 2205.14135"),
     "recompute": ("the blocks' forward once more", "arXiv 2205.05198, section 6"),
     "communication": ("max(exposed x C, C - computation), C from hierarchical rings", "arXiv 1910.02054, section 7"),
@@ -91,7 +91,8 @@ def estimate(config: Config, cluster: Cluster, ranks: int, sizes: Sizes) -> Step
     peak = cluster.device.tflops(config.train.precision) * 1e12 * ranks
     margin, notes = _margin(config, cluster, ranks, efficiency, sizes.total)
     return StepTime(
-        parts=parts, low=total / (1 + margin), high=total * (1 + margin), tokens=tokens, tokens_per_second=tokens / total,
+        parts=parts, low=total / (1 + margin), high=total * (1 + margin), tokens=tokens,
+        tokens_per_second=tokens / total,
         mfu=work.model * micro_batches / (peak * total), hfu=work.hardware * micro_batches / (peak * total),
         model_flops=work.model * micro_batches, communication=communicated, notes=notes,
     )  # fmt: skip
