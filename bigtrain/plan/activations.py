@@ -63,6 +63,11 @@ class Activations:
     def per_layer(self) -> float:
         return sum(self.blocks) / max(len(self.blocks), 1)
 
+    def large_tensors(self, least: int) -> int:
+        """How many of the saved tensors are so large that an allocator gives each blocks of its own: about ten for a
+        block, if one of a block's inputs is."""
+        return 10 * len(self.blocks) if self.block_input >= least else 0
+
     def saved(self, checkpointing: bool) -> int:
         """At the end of the forward pass, the loss's own not counted."""
         return self.rest + (len(self.blocks) * self.block_input if checkpointing else sum(self.blocks))

@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 
 from bigtrain import config as schema
+from bigtrain import hardware
+from bigtrain.config import LaunchConfig
 from bigtrain.errors import NO_VALUE, ConfigError, nearest, unknown_key
 
 DTYPES = ("fp32", "bf16", "fp16", "fp8")
@@ -159,3 +161,27 @@ def _check(values: dict[str, Any], prefix: str) -> None:
 
 _MAY_BE_ZERO = ("context_gib", "block_mib", "price_per_device_hour", "kg_co2_per_kwh", "intra_node_latency_us",
                 "inter_node_latency_us")  # fmt: skip
+
+
+def here(launch: LaunchConfig) -> Cluster:
+    """This machine, as far as can be told without measuring, with the ranks that `train` would start.
+
+    Raises ConfigError as hardware.place does.
+    """
+    placement = hardware.place(launch)
+    host_gib = hardware.memory_bytes() / 2**30
+    if placement.gpus:
+        gpu = placement.gpus[0]
+        match = next((preset for mark, preset in _GPUS if mark in gpu.name), None)
+        alike = read(_folder() / f"{match or 'a100_40gb'}.yaml")
+        device = replace(alike.device, name=gpu.name, memory_gib=min(each.memory_gib for each in placement.gpus))
+    else:
+        alike = read(_folder() / "laptop.yaml")
+        device = replace(alike.device, memory_gib=host_gib / placement.ranks)
+    return replace(
+        alike, name="this machine", device=device, devices_per_node=placement.ranks, host_memory_gib=host_gib, nodes=1
+    )
+
+
+_GPUS = (("B200", "b200"), ("H200", "h200"), ("H100", "h100"), ("A100-SXM4-80", "a100_80gb"),
+         ("A100 80", "a100_80gb"), ("A100-SXM-80", "a100_80gb"), ("A100", "a100_40gb"))  # fmt: skip

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bigtrain.config import AccelerateConfig, Config, DeepSpeedConfig, MuonConfig, accumulation_steps, micro_batch
-from bigtrain.plan import activations
+from bigtrain.plan import activations, clusters
 from bigtrain.plan.activations import Activations, Setting
 from bigtrain.plan.flops import sequence_length
+from bigtrain.plan.result import GIB
 from bigtrain.plan.sizes import Parameter, Sizes
 
 PERSISTENT = 100_000  # elements of a ZeRO-3 parameter that stays gathered (stage3_param_persistence_threshold)
@@ -70,6 +71,15 @@ class _Group:
     @property
     def count(self) -> int:
         return sum(each.count for each in self.parameters)
+
+
+def needed(found: Memory, device: clusters.Device) -> dict[str, float]:
+    """GiB by part at the peak on a device: what the tensors take, and what comes on top of them there."""
+    parts = {name: size / GIB for name, size in found.peak.parts.items() if size}
+    blocks = found.activations.large_tensors(10 * 2**20)
+    parts["rounding"] = blocks * device.block_mib / 2 / 1024  # half a block for each tensor that has its own
+    parts["context"] = device.context_gib
+    return parts | {"peak": sum(parts.values())}
 
 
 def estimate(config: Config, ranks: int, sizes: Sizes, device: Device) -> Memory:
@@ -332,11 +342,10 @@ def _accelerate(config: Config, ranks: int, sizes: Sizes, found: Activations, de
     held = {"buckets": 4 * trained if ranks > 1 and not sharded else 0}  # DDP reduces in a copy of the gradients
     cast = 0 if config.train.precision == "fp32" else 2 * sizes.total
     saved = found.saved(config.train.activation_checkpointing)
+    working = {"gathered": cast, "activations": saved, "logits": found.head_peak}
     moments = (
-        Moment(
-            "loss", states | {"buckets": buckets, "gathered": cast, "activations": saved, "logits": found.head_peak}
-        ),
-        Moment("update", states | {"buckets": buckets, "gradients": 4 * trained, "temporary": 4 * trained}),
+        Moment("loss", states | held | working),
+        Moment("update", states | held | {"gradients": 4 * trained, "temporary": 4 * trained}),
     )
     return Memory(states, moments, found, assumptions=["engine=accelerate is an estimate that was not measured"])
 
