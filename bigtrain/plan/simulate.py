@@ -234,6 +234,12 @@ def scaling(
 # ------------------------------------------------------------------------------------------- days and failures
 
 
+YEAR = 365.25 * 86400.0
+# Of one device with its share of the node: Llama 3 saw 419 unexpected interruptions of 16,384 H100s in 54 days
+# (arXiv 2407.21783, section 3.3.4).
+FAILURE_YEARS = 5.8
+
+
 @dataclass(frozen=True)
 class Goodput:
     """Of a run with failures: what part of the time became steps that counted."""
@@ -263,20 +269,19 @@ def goodput(
     devices: int,
     step_seconds: float,
     checkpoint_seconds: float,
-    device_failure_years: float = 5.8,
+    device_failure_years: float = FAILURE_YEARS,
     interval_seconds: float | None = None,
     restart_seconds: float = 300.0,
     seed: int = 0,
 ) -> Goodput:
     """Simulate a run that needs `hours` of steps, failure by failure.
 
-    device_failure_years: mean time between failures of one device with its share of the node; the default is what
-    Llama 3 saw: 419 unexpected interruptions of 16,384 H100s in 54 days (arXiv 2407.21783, section 3.3.4).
+    device_failure_years: mean time between failures of one device with its share of the node.
     checkpoint_seconds: that training waits for each. Raises ConfigError for a run that never gets ahead.
     """
     if hours <= 0 or step_seconds <= 0:
         raise ConfigError("hours", hours, "a run of no length has no goodput")
-    between = device_failure_years * 365.25 * 86400 / devices
+    between = device_failure_years * YEAR / devices
     interval = interval_seconds or best_interval(max(checkpoint_seconds, 1e-3), between)
     interval = max(step_seconds, interval - interval % step_seconds)  # at the end of a step
     random = np.random.default_rng(seed)
@@ -286,11 +291,17 @@ def goodput(
     next_failure = float(random.exponential(between))
     limit = 100 * goal + 1000 * (interval + restart_seconds)
     while done < goal:
-        span = min(interval, goal - done) + checkpoint_seconds
-        if clock + span <= next_failure:
-            clock, done = clock + span, done + span - checkpoint_seconds
-            saved, checkpoints = done, checkpoints + checkpoint_seconds
+        span = interval + checkpoint_seconds
+        whole = min(int((next_failure - clock) / span), int((goal - done) / interval))
+        if whole > 0:  # all intervals until something happens at once
+            clock, done = clock + whole * span, done + whole * interval
+            saved, checkpoints = done, checkpoints + whole * checkpoint_seconds
             continue
+        rest = goal - done
+        if rest < interval and clock + rest + checkpoint_seconds <= next_failure:
+            clock, done = clock + rest + checkpoint_seconds, goal
+            checkpoints += checkpoint_seconds
+            break
         lost += next_failure - clock  # since the last checkpoint that was completed
         clock, done = next_failure + restart_seconds, saved
         restarts += restart_seconds
@@ -310,11 +321,12 @@ def goodput(
 
 
 def intervals(
-    hours: float, devices: int, step_seconds: float, checkpoint_seconds: float, seed: int = 0
+    devices: int, step_seconds: float, checkpoint_seconds: float, failures: int = 400, seed: int = 0
 ) -> Iterator[tuple[float, float]]:
-    """(seconds between checkpoints, goodput) around the optimum: a curve for a picture."""
-    between = 5.8 * 365.25 * 86400 / devices
+    """(seconds between checkpoints, goodput) around the optimum, of a run so long that chance evens out."""
+    between = FAILURE_YEARS * YEAR / devices
     best = best_interval(max(checkpoint_seconds, 1e-3), between)
     for factor in (0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.5, 5.0, 10.0):
+        hours = failures * between / 3600
         found = goodput(hours, devices, step_seconds, checkpoint_seconds, interval_seconds=best * factor, seed=seed)
         yield best * factor, found.fraction
