@@ -7,7 +7,9 @@ device at once. `--fit` prints the constants of all rows together, which bigtrai
 
 from __future__ import annotations
 
+import argparse
 import csv
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +18,7 @@ import numpy as np
 from scipy.optimize import lsq_linear
 
 from bigtrain.config import Config, DecoderConfig, DeepSpeedConfig, TrainConfig
-from bigtrain.plan import clusters, communication, flops, money, sizes, step_time
+from bigtrain.plan import clusters, communication, flops, memory, money, sizes, step_time
 from bigtrain.plan.efficiency import AMPERE, HOPPER, Efficiency
 
 TABLES = Path(__file__).parent / "ground_truth"
@@ -272,3 +274,99 @@ def energy_errors() -> Errors:
         bill = money.bill(float(line["gpu_hours"]), 1, cluster)
         errors += [bill.energy_kwh / 1000 / float(line["mwh"]) - 1, bill.kg_co2 / 1000 / float(line["tonnes_co2"]) - 1]
     return Errors(np.array(errors))
+
+
+def zero_states_gb(parameters: float, ranks: int, stage: int) -> float:
+    """GB of model states of one rank, as the planner's memory model has them: what table 1 counts."""
+    tensor = sizes.Parameter("blocks.0.weight", (round(parameters / 1000), 1000), "attention")
+    # The paper's stage 1 holds all gradients, which DeepSpeed does where it accumulates.
+    batches = 2 if stage == 1 else 1
+    train = TrainConfig(global_batch=batches * ranks, micro_batch=1)
+    config = Config(model=DecoderConfig(vocab_size=64, n_layers=1), engine=DeepSpeedConfig(stage=stage), train=train)
+    found = memory.estimate(config, ranks, sizes.Sizes((tensor,)), "cuda")
+    moments = {moment.name: moment.parts for moment in found.moments}
+    gradients = moments["backward" if stage == 1 else "end of backward"].get("gradients", 0)
+    if stage == 3:
+        gradients = found.states["gradients"]
+    return (sum(found.states[name] for name in ("parameters", "master", "optimizer")) + gradients) / 1e9
+
+
+def as_printed(printed: str, value: float) -> bool:
+    """Whether `value` rounds, or is cut off, to what a table prints."""
+    scale = 10 ** len(printed.partition(".")[2])
+    return round(float(printed) * scale) in (math.floor(value * scale + 0.5), math.floor(value * scale + 1e-9))
+
+
+def zero_table() -> list[tuple[str, float]]:
+    """(printed, ours) for all 54 figures of the ZeRO paper's table 1, in GB."""
+    found = []
+    for line in read("zero_table1"):
+        parameters, ranks = float(line["parameters_billions"]) * 1e9, int(line["ranks"])
+        for stage in (1, 2, 3):
+            found.append((line[f"stage{stage}_gb"], zero_states_gb(parameters, ranks, stage)))
+    return found
+
+
+def peers_on_zero_table() -> dict[str, Errors]:
+    """What others' estimators say of the same table. accelerate's knows no ranks."""
+    from accelerate.commands.estimate import estimate_training_usage
+    from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
+    from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
+
+    errors: dict[str, list[float]] = {"DeepSpeed's estimators": [], "accelerate": [], "EleutherAI's cookbook": []}
+    for line in read("zero_table1"):
+        parameters, ranks = int(float(line["parameters_billions"]) * 1e9), int(line["ranks"])
+        for stage in (1, 2, 3):
+            truth = float(line[f"stage{stage}_gb"])
+            if stage == 2:
+                estimate = estimate_zero2_model_states_mem_needs(parameters, ranks, 1, cpu_offload=False)[1]
+                errors["DeepSpeed's estimators"].append(estimate / 1e9 / truth - 1)
+            if stage == 3:
+                estimate = estimate_zero3_model_states_mem_needs(parameters, 0, ranks, 1, False, False)[1]
+                errors["DeepSpeed's estimators"].append(estimate / 1e9 / truth - 1)
+            usage = max(estimate_training_usage(4 * parameters, "bfloat16").values())
+            errors["accelerate"].append(usage / 1e9 / truth - 1)
+            # calc/calc_transformer_mem.py: fp32 gradients, without its buffers
+            gib = parameters * (2 / (ranks if stage == 3 else 1) + 4 / (ranks if stage >= 2 else 1) + 12 / ranks)
+            errors["EleutherAI's cookbook"].append(gib / 1e9 / truth - 1)
+    return {name: Errors(np.array(values)) for name, values in errors.items()}
+
+
+# ---------------------------------------------------------------------------------------------------- print
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--fit", action="store_true", help="print the constants for bigtrain/plan/efficiency.py")
+    arguments = parser.parse_args()
+    found, throughput = throughput_errors()
+    if arguments.fit:
+        for name, value in fit(found).items():
+            inverse = f"   1/x = {1 / value:.3f}" if not name.startswith(("layer", "exposed")) else ""
+            print(f"{name:<16}{value:9.4g}{inverse}")
+        return
+    print("Tokens per second, llm-foundry, one model left out at a time")
+    print(f"  bigtrain plan                   {throughput}")
+    for name, gpu in (("A100", "a100"), ("H100", "h100")):
+        chosen = [index for index, line in enumerate(read("llm_foundry")) if line["gpu"].startswith(gpu)]
+        print(f"    {name}                          {Errors(throughput.values[chosen])}")
+    print(f"  6 P D at one utilisation        {rule_of_thumb_errors(found)}")
+    print("Step time of ZeRO-3 on 384 to 2,240 A100, Megatron SC21 table 2, one row left out at a time")
+    print(f"  bigtrain plan                   {zero3_errors()}")
+    print("MFU from iteration times, Korthikanti et al. table 5")
+    print(f"  bigtrain plan                   {korthikanti_errors()}")
+    print("Energy and CO2, LLaMA table 15")
+    print(f"  bigtrain plan                   {energy_errors()}")
+    pairs = zero_table()
+    same = sum(as_printed(printed, value) for printed, value in pairs)
+    print(f"Model states, ZeRO table 1: {same} of {len(pairs)} figures as printed")
+    print(f"  bigtrain plan                   {Errors(np.array([ours / float(said) - 1 for said, ours in pairs]))}")
+    for name, errors in peers_on_zero_table().items():
+        print(f"  {name:<32}{errors}")
+    counted = megatron_parameters()
+    same = sum(as_printed(f"{said:.1f}", ours) for said, ours in counted)
+    print(f"Parameters, Megatron SC21 table 1: {same} of {len(counted)} as printed")
+
+
+if __name__ == "__main__":
+    main()

@@ -231,7 +231,7 @@ def draw_front(recommendation: Recommendation) -> bytes:
         best = recommendation.best
         axes.scatter([best.bill.hours], [paid(best.bill)], s=260, facecolors="none", edgecolors=INK, linewidths=1.6)
         axes.annotate(
-            best.short, (best.bill.hours, paid(best.bill)), xytext=(14, -4), textcoords="offset points", fontsize=9,
+            best.short, (best.bill.hours, paid(best.bill)), xytext=(14, -18), textcoords="offset points", fontsize=9,
             color=INK, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}, zorder=5,
         )  # fmt: skip
         axes.set_xscale("log")

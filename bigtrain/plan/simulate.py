@@ -156,8 +156,6 @@ def _tasks(config: Config, cluster: Cluster, ranks: int, sizes: Sizes) -> tuple[
     every_batch = {each.name: each.times > 1 or times == 1 for each in sent}
     network = NETWORK if overlap else COMPUTE
     ahead = _prefetched(config, sizes.total, layers) if overlap else 1
-    # Two streams share the device: computing slows down beside a collective (efficiency.exposed of the collective).
-    slowed = efficiency.exposed * sum(each for each in per_layer.values()) / 3 if overlap else 0.0
     tasks: list[Task] = []
 
     def add(name: str, stream: str, seconds: float, *after: int | None, collective: bool = False) -> int:
@@ -171,6 +169,9 @@ def _tasks(config: Config, cluster: Cluster, ranks: int, sizes: Sizes) -> tuple[
         sequence, gathered = list(layer_order), per_layer.get(f"parameters, {name}")
         gather: dict[int, int] = {}
         done: list[int] = []
+        # The streams share one device: computing slows down beside a collective.
+        beside = (gathered or 0.0) + (per_layer["gradients"] if reduce else 0.0)
+        busy = seconds + (efficiency.exposed * min(beside, seconds) if overlap else 0.0)
 
         def ask(place: int) -> None:
             """Gather the weights of the layer at `place`, once those `ahead` places before it are used up."""
@@ -182,7 +183,7 @@ def _tasks(config: Config, cluster: Cluster, ranks: int, sizes: Sizes) -> tuple[
             ask(place)
         for place, layer in enumerate(sequence):
             previous = done[-1] if done else before
-            done.append(add(f"{name} {layer}", COMPUTE, seconds + slowed, previous, gather.get(place)))
+            done.append(add(f"{name} {layer}", COMPUTE, busy, previous, gather.get(place)))
             ask(place + ahead)
             if reduce:
                 reduced.append(add(f"reduce {layer}", network, per_layer["gradients"], done[-1], collective=True))
