@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from bigtrain.config import Config
 from bigtrain.launch.train import checked
-from bigtrain.plan import clusters, planner, table
+from bigtrain.plan import answers, clusters, planner, table
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.options import Options, split
 from bigtrain.plan.result import Plan
@@ -23,14 +25,23 @@ def run(data: dict[str, Any], options: Options, say: Callable[[str], None]) -> f
     """
     config = checked(data)
     cluster = clusters.here(config.launch) if options.cluster == "here" else clusters.find(options.cluster)
-    plan = planner.make(config, cluster, options.tokens)
-    say(plan.to_json(options.explain) if options.output == "json" else table.show(plan, options.explain))
-    if options.output == "table" and not plan.fits:
-        say(_way_out(config, cluster))
+    found = answers.answer(options, config, cluster)
+    config, cluster = found.config, found.cluster
+    plan = planner.make(config, cluster, found.tokens)
+    if options.output == "json":
+        say(json.dumps(json.loads(plan.to_json(options.explain)) | found.data, indent=1))
+    else:
+        say("\n".join([table.show(plan, options.explain), *found.lines]))
+        if not plan.fits:
+            say(_way_out(config, cluster))
+    if options.report:
+        page = answers.write_page(found, Path(options.out))
+        if options.output == "table":
+            say(f"pictures: {page}")
     if options.verify:
         from bigtrain.plan import traced
 
-        say(traced.compare(config, cluster, plan))
+        say(traced.compare(config, cluster))
     return plan.step_seconds if plan.step_seconds is not None else math.nan
 
 

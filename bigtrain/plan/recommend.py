@@ -163,7 +163,7 @@ def search(config: Config, cluster: Cluster, goal: Goal, tokens: float) -> Recom
                 fitting.append(_made(candidate, here, ranks, needed, tokens, sizes))
             elif closest is None or max(needed.shares.values()) < closest[0]:
                 short, share = max(needed.shares.items(), key=lambda item: item[1])
-                closest = (share, f"{share:.0%} of the {short} on {ranks} devices")
+                closest = (share, f"{share:.0%} of the {short} on {ranks} device{'s' * (ranks > 1)}")
     if not fitting:
         if closest is None:
             raise ConfigError(

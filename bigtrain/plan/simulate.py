@@ -20,7 +20,7 @@ import numpy as np
 
 from bigtrain.config import Config, DeepSpeedConfig
 from bigtrain.errors import ConfigError
-from bigtrain.plan import communication, step_time
+from bigtrain.plan import communication, money, step_time
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.efficiency import of
 from bigtrain.plan.sizes import Sizes
@@ -319,6 +319,17 @@ def goodput(
         goal / clock, failures, clock / 3600, lost / 3600, checkpoints / 3600, restarts / 3600, interval,
         [*marks, (clock / 3600, "end")],
     )  # fmt: skip
+
+
+def goodput_of(config: Config, cluster: Cluster, sizes: Sizes, time: step_time.StepTime, hours: float) -> float:
+    """The fraction of the time that counts in a run of `hours` that saves as often as is best. 1 where failures are so
+    rare that chance alone decides."""
+    stall = money.checkpoint(config, cluster, cluster.devices, sizes.total, sizes.trained).stall_seconds
+    between = FAILURE_YEARS * YEAR / cluster.devices
+    if hours * 3600 < between:
+        return 1.0
+    enough = max(hours, 200 * between / 3600)  # longer than the run, so that chance evens out
+    return goodput(enough, cluster.devices, time.seconds, stall).fraction
 
 
 def intervals(
