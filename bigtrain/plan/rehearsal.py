@@ -39,7 +39,7 @@ class Rehearsed:
     states: int  # between two steps
     phases: dict[str, int]  # building, forward, backward, step -> its most
     parts: dict[str, int]  # parameters, master, optimizer, gradients between two steps
-    stepped: bool  # the last optimizer step changed the weights' master copies
+    stepped: bool  # the optimizer itself has run, which an overflow would have kept it from
 
 
 def rehearse(
@@ -58,6 +58,8 @@ def rehearse(
         if prepare is not None:
             prepare(engine)
         engine.model.train()
+        updates: list[bool] = []
+        engine.optimizer.register_step_post_hook(lambda *_: updates.append(True))
         stepped = False
         for _ in range(steps):
             for number in range(accumulation):
@@ -71,17 +73,11 @@ def rehearse(
 
                 engine.forward_backward(loss, inputs, 1 / 1000, number == accumulation - 1)
             live.phase = "step"
-            masters = [each for group in engine.optimizer.param_groups for each in group["params"]]
-            before = _version(masters)
-            stepped = bool(engine.step(1.0).applied) and _version(masters) > before
+            before = len(updates)
+            stepped = bool(engine.step(1.0).applied) and len(updates) > before
             del inputs
             live.phase = "between"
     return Rehearsed(live.peak, live.live, live.peaks, state_bytes(engine), stepped)
-
-
-def _version(tensors: list[torch.Tensor]) -> int:
-    """Counts the changes made in place, of tensors with memory or without."""
-    return sum(each._version for each in tensors)
 
 
 def build_model(config: Config) -> torch.nn.Module:
