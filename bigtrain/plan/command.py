@@ -21,27 +21,29 @@ __all__ = ["run", "split"]
 def run(data: dict[str, Any], options: Options, say: Callable[[str], None]) -> float:
     """Plan a composed config and print it. Returns the objective of a sweep over plans: seconds of a step.
 
-    Raises ConfigError for a config, cluster or option that makes no sense.
+    Raises ConfigError for a config, cluster or option that makes no sense, BigtrainError if the trace fails.
     """
     config = checked(data)
     cluster = clusters.here(config.launch) if options.cluster == "here" else clusters.find(options.cluster)
     found = answers.answer(options, config, cluster)
-    config, cluster = found.config, found.cluster
-    plan = planner.make(config, cluster, found.tokens)
-    if options.output == "json":
-        say(json.dumps(json.loads(plan.to_json(options.explain)) | found.data, indent=1))
-    else:
-        say("\n".join([table.show(plan, options.explain), *found.lines]))
-        if not plan.fits:
-            say(_way_out(config, cluster))
-    if options.report:
-        page = answers.write_page(found, Path(options.out))
-        if options.output == "table":
-            say(f"pictures: {page}")
+    plan = planner.make(found.config, found.cluster, found.tokens)
+    told = list(found.lines)
+    if not plan.fits:
+        told.append(_way_out(found.config, found.cluster))
     if options.verify:
         from bigtrain.plan import traced
 
-        say(traced.compare(config, cluster))
+        compared = traced.compare(found.config, found.cluster)
+        found.data["verify"] = compared.to_dict()
+        told.append(str(compared))
+    if options.report:
+        page: Path = answers.write_page(found, Path(options.out))
+        found.data["report"] = str(page)
+        told.append(str(page))
+    if options.output == "json":
+        say(json.dumps(plan.to_dict(options.explain) | found.data, indent=1))
+    else:
+        say("\n".join([table.show(plan, options.explain), *told]))
     return plan.step_seconds if plan.step_seconds is not None else math.nan
 
 

@@ -5,7 +5,6 @@ The ranks are real ones (benchmarks/plan_accuracy.py), or one rank of many on te
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,6 @@ from bigtrain.config import (
     micro_batch,
 )
 from bigtrain.engine import optimizers, start
-from bigtrain.engine.base import Engine
 from bigtrain.models import heads
 from bigtrain.models.lora import add_lora
 from bigtrain.plan import sizes
@@ -42,12 +40,10 @@ class Rehearsed:
     stepped: bool  # the optimizer itself has run, which an overflow would have kept it from
 
 
-def rehearse(
-    config: Config, device: torch.device, steps: int = 2, prepare: Callable[[Engine], object] | None = None
-) -> Rehearsed:
+def rehearse(config: Config, device: torch.device, steps: int = 2) -> Rehearsed:
     """Build the engine that `config` (with its vocabulary set) asks for and take `steps` steps, in this rank.
 
-    The process group must be there. prepare: is given the engine before the first step.
+    The process group must be there.
     """
     ranks = torch.distributed.get_world_size()
     batch, accumulation = micro_batch(config, ranks), accumulation_steps(config, ranks)
@@ -55,8 +51,6 @@ def rehearse(
     with live:
         live.phase = "building"
         engine = start.build(config, lambda: build_model(config), device)
-        if prepare is not None:
-            prepare(engine)
         engine.model.train()
         updates: list[bool] = []
         engine.optimizer.register_step_post_hook(lambda *_: updates.append(True))

@@ -69,16 +69,15 @@ class Plan:
         self.lines.append(Line(name, value, unit, formula, source))
         return value
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, without infinities: JSON has none."""
+    def to_dict(self, explain: bool = False) -> dict[str, Any]:
+        """Plain data, without infinities: JSON has none. explain: with the formulas."""
         finite: dict[str, Any] = _finite(asdict(self))
+        if not explain:
+            del finite["lines"]
         return finite
 
     def to_json(self, explain: bool = False) -> str:
-        data = self.to_dict()
-        if not explain:
-            del data["lines"]
-        return json.dumps(data, indent=1)
+        return json.dumps(self.to_dict(explain), indent=1)
 
 
 def _finite(value: Any) -> Any:

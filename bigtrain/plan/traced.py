@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,37 @@ from bigtrain.config import Config, DeepSpeedConfig, micro_batch
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.plan import memory, sizes
 from bigtrain.plan.clusters import Cluster
+from bigtrain.plan.result import GIB
 
 MOST_RANKS = 8  # traced: a ZeRO-3 trace takes longer the more there are, and the closed form knows how shares scale
 MOMENTS = {"start": "building", "loss": "forward", "backward": "backward", "update": "step"}
 LIMIT_SECONDS = 900
 
 
-def compare(config: Config, cluster: Cluster) -> str:
-    """Predicted against traced, part by part, as text. Raises BigtrainError if the trace fails or made no step."""
+@dataclass(frozen=True)
+class Compared:
+    """Predicted against traced."""
+
+    ranks: int
+    batch: str
+    rows: dict[str, tuple[int, int]]  # part or moment -> predicted and traced bytes
+
+    def to_dict(self) -> dict[str, Any]:
+        """In GiB."""
+        rows = {name: {"predicted": mine / GIB, "traced": real / GIB} for name, (mine, real) in self.rows.items()}
+        return {"ranks": self.ranks, "stepped": True, "gib": rows}
+
+    def __str__(self) -> str:
+        lines = [f"verify: DeepSpeed's own engine as rank 0 of {self.ranks}, {self.batch}"]
+        lines += [f"  {'':20}{'predicted MiB':>15}{'traced MiB':>13}{'error':>9}"]
+        for name, (predicted, real) in self.rows.items():
+            error = f"{predicted / real - 1:+9.2%}" if real else f"{'':9}"
+            lines.append(f"  {name:20}{predicted / 2**20:15,.1f}{real / 2**20:13,.1f}{error}")
+        return "\n".join([*lines, "  an optimizer step was made"])
+
+
+def compare(config: Config, cluster: Cluster) -> Compared:
+    """Predicted against traced, part by part. Raises BigtrainError if the trace fails or made no step."""
     if not isinstance(config.engine, DeepSpeedConfig):
         raise ConfigError("verify", True, f"engine={config.engine.kind} is not traced", "take engine=zero2 or another")
     config = sizes.with_vocabulary(config)
@@ -41,12 +64,7 @@ def compare(config: Config, cluster: Cluster) -> str:
     found = trace(replace(config, train=train), ranks)
     if not found["stepped"]:
         raise BigtrainError("verify: the traced engine skipped its optimizer step, so its peak says nothing")
-    lines = [f"verify: DeepSpeed's own engine as rank 0 of {ranks}, {accumulation} micro-batches of {each} a step"]
-    lines += [f"  {'':20}{'predicted MiB':>15}{'traced MiB':>13}{'error':>9}"]
-    for name, (predicted, traced) in found["rows"].items():
-        error = f"{predicted / traced - 1:+9.2%}" if traced else f"{'':9}"
-        lines.append(f"  {name:20}{predicted / 2**20:15,.1f}{traced / 2**20:13,.1f}{error}")
-    return "\n".join(lines + ["  an optimizer step was made"])
+    return Compared(ranks, f"{accumulation} micro-batches of {each} a step", found["rows"])
 
 
 def trace(config: Config, ranks: int) -> dict[str, Any]:
