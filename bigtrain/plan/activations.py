@@ -24,6 +24,7 @@ from bigtrain.config import (
 
 SHORT = 256  # keys up to which an encoder's attention on a CPU keeps its scores (models/cpu_kernels.py)
 CHUNK_BYTES = 512 * 2**20  # of logits at a time (models/cross_entropy.py)
+CACHE_BYTES = 4 * 2**20  # of logits in fp32 at a time, on a CPU
 MASKED_LM_ALIGNMENT = 8  # columns that a bias adds to the weight (models/heads.py)
 
 
@@ -208,8 +209,10 @@ def _loss(setting: Setting, rows: int, dim: int, vocabulary: int) -> tuple[int, 
     hidden, weight = rows * dim * element, vocabulary * dim * element
     kept = hidden + weight
     logits = chunk * vocabulary * element
-    # On a GPU the softmax works on a copy in fp32, in fp32 itself on two; on a CPU on some rows at a time.
-    softmax = chunk * vocabulary * (4 if element == 2 else 8) if setting.device == "cuda" else 0
+    # On a GPU the softmax works on a copy in fp32, in fp32 itself on two; on a CPU on some rows at a time, or in place.
+    softmax = chunk * vocabulary * (4 if element == 2 else 8)
+    if setting.device == "cpu":
+        softmax = 0 if setting.own_kernels else min(4 * chunk * vocabulary, CACHE_BYTES)
     sums = 0 if whole else 4 * vocabulary * dim  # of the chunks, in fp32
     at_products = logits + weight + sums
     # normalised hidden states, their gradient, then whichever is more

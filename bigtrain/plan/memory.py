@@ -304,8 +304,8 @@ class _Zero:
             return {"gradients": own + max(last, flat)}
         if stage == 3:
             return {"gradients": last}
-        if self.accumulates and stage == 2:
-            return {"gradients": element * shard + max(last, self.gradient_bytes * shard), "buckets": self.buckets}
+        if stage == 2 and self.gradient_bytes != element:  # added to the accumulated ones at once
+            return {"gradients": last, "buckets": self.buckets}
         return {"gradients": element * shard + last, "buckets": self.buckets}
 
     def update(self) -> dict[str, int]:

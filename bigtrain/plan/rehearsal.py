@@ -28,6 +28,8 @@ from bigtrain.plan import sizes
 from bigtrain.plan.flops import sequence_length
 from bigtrain.plan.measured import LiveBytes
 
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
 
 @dataclass
 class Rehearsed:
@@ -40,17 +42,18 @@ class Rehearsed:
     stepped: bool  # the optimizer itself has run, which an overflow would have kept it from
 
 
-def rehearse(config: Config, device: torch.device, steps: int = 2) -> Rehearsed:
+def rehearse(config: Config, device: torch.device, steps: int = 2, in_precision: bool = False) -> Rehearsed:
     """Build the engine that `config` (with its vocabulary set) asks for and take `steps` steps, in this rank.
 
-    The process group must be there.
+    The process group must be there. in_precision: the model is built in train.precision, not converted afterwards.
     """
     ranks = torch.distributed.get_world_size()
     batch, accumulation = micro_batch(config, ranks), accumulation_steps(config, ranks)
     live = LiveBytes()
     with live:
         live.phase = "building"
-        engine = start.build(config, lambda: build_model(config), device)
+        dtype = PRECISIONS[config.train.precision] if in_precision else torch.float32
+        engine = start.build(config, lambda: build_model(config, dtype), device)
         engine.model.train()
         updates: list[bool] = []
         engine.optimizer.register_step_post_hook(lambda *_: updates.append(True))
@@ -74,15 +77,14 @@ def rehearse(config: Config, device: torch.device, steps: int = 2) -> Rehearsed:
     return Rehearsed(live.peak, live.live, live.peaks, state_bytes(engine), stepped)
 
 
-def build_model(config: Config) -> torch.nn.Module:
+def build_model(config: Config, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     """As the task builds it, without its data (and so with a few labels only)."""
     model = config.model
     assert not isinstance(model, HuggingFaceConfig)
     torch.manual_seed(config.train.seed)
-    if isinstance(model, EncoderConfig):
-        module: Any = _encoder(config, model)
-    else:
-        module = models.build(model)
+    torch.set_default_dtype(dtype)
+    module: Any = _encoder(config, model) if isinstance(model, EncoderConfig) else models.build(model)
+    torch.set_default_dtype(torch.float32)
     module.set_activation_checkpointing(config.train.activation_checkpointing)
     if config.train.lora.rank:
         add_lora(module, config.train.lora)

@@ -27,7 +27,7 @@ from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.result import GIB
 
 MOST_RANKS = 8  # traced: a ZeRO-3 trace takes longer the more there are, and the closed form knows how shares scale
-MOMENTS = {"start": "building", "loss": "forward", "backward": "backward", "update": "step"}
+MOMENTS = {"loss": "forward", "backward": "backward", "update": "step"}
 LIMIT_SECONDS = 900
 
 
@@ -92,6 +92,7 @@ def rehearse_without_memory(config: Config, ranks: int) -> Any:
     """plan/rehearsal.py's steps under FakeTensorMode and the fake process group."""
     import torch
     import torch.nn.functional as F
+    from deepspeed.runtime.zero import utils as zero_utils
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -123,9 +124,19 @@ def rehearse_without_memory(config: Config, ranks: int) -> Any:
         return flash(q, k, v, 0.0, causal, attn_mask=mask)[0]
 
     plain, F.scaled_dot_product_attention = F.scaled_dot_product_attention, attention  # type: ignore[assignment]
+
+    def as_it_is(module: Any, *_: Any, **__: Any) -> Any:
+        """A parameter without memory cannot change its type in place: the model is built in the right one."""
+        return module
+
+    for name in ("to", "bfloat16", "half", "float"):
+        setattr(torch.nn.Module, name, as_it_is)
+    # ZeRO-3 has the ranks compare lists of numbers, which the host cannot read here: there is one rank to agree with.
+    zero_utils.get_lst_from_rank0 = list
+    zero_utils.assert_lst_len_same_as_other_ranks = len
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     with FakeTensorMode(allow_non_fake_inputs=True), Answers():
-        return rehearsal.rehearse(config, torch.device("cpu"))
+        return rehearsal.rehearse(config, torch.device("cpu"), in_precision=True)
 
 
 def main() -> None:
