@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from bigtrain import checks
 from bigtrain.config import Config, DeepSpeedConfig, accumulation_steps, micro_batch
 from bigtrain.errors import ConfigError
-from bigtrain.plan import memory, money, step_time
+from bigtrain.plan import communication, memory, money, step_time
 from bigtrain.plan import sizes as parameter_sizes
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.memory import Memory
@@ -40,6 +40,7 @@ def make(config: Config, cluster: Cluster, tokens: float | None = None) -> Plan:
         "parameters", sizes.total, "", "sum of every tensor's elements, shared ones once", "bigtrain/plan/sizes.py"
     )
     _memory(plan, config, cluster, sizes)
+    _communication(plan, config, cluster, sizes)
     _time(plan, config, cluster, sizes, tokens)
     _inference(plan, config, cluster, sizes)
     _limits(plan, config, cluster)
@@ -107,6 +108,19 @@ def _explain_memory(plan: Plan, config: Config, found: Memory) -> None:
 
 
 # --------------------------------------------------------------------------------------- time and money
+
+
+def _communication(plan: Plan, config: Config, cluster: Cluster, sizes: Sizes) -> None:
+    """GB that a rank sends in a step, by collective, and over the links to its host and disk."""
+    layers = max(getattr(config.model, "n_layers", 1), 1)
+    network = "inter-node" if cluster.nodes > 1 else "intra-node"
+    for each in communication.collectives(config, plan.ranks, sizes.total, sizes.trained, layers):
+        name = f"{each.kind} of {each.name}, {network}"
+        plan.communication[name] = plan.communication.get(name, 0.0) + each.sent_per_rank(plan.ranks) / 1e9
+    for transfer in communication.transfers(config, plan.ranks, sizes.total, sizes.trained):
+        plan.communication[f"{transfer.name}, {transfer.link}"] = transfer.bytes / 1e9
+    for name, sent in plan.communication.items():
+        plan.add(f"communication.{name}", sent, "GB", "bytes x (N - 1) / N, an all-reduce twice", "arXiv 1910.02054, 7")
 
 
 def _time(plan: Plan, config: Config, cluster: Cluster, sizes: Sizes, tokens: float | None) -> None:

@@ -44,6 +44,8 @@ def show(plan: Plan, explain: bool = False) -> str:
         for name, value in plan.time.items():
             if value:
                 table.add_row(f"  {name}", seconds(value), _bar(value / plan.step_seconds))
+        for name, sent in plan.communication.items():
+            table.add_row("  sent", f"{sent:,.2f} GB", name)
         table.add_row("tokens/s", f"{plan.tokens_per_second:,.0f}", f"MFU {plan.mfu:.1%}, HFU {plan.hfu:.1%}")
         table.add_row("run", f"{plan.hours:,.1f} h", f"{plan.steps:,} steps, {plan.tokens:,.0f} tokens")
         table.add_row("cost", f"${plan.cost:,.2f}", f"{plan.energy_kwh:,.1f} kWh, {plan.co2_kg:,.1f} kg CO2e")
