@@ -167,6 +167,29 @@ def verify(arguments: tuple[str, ...]) -> int:
     return _compose(arguments, run)
 
 
+@command.command(cls=ComposedHelp, context_settings=_HYDRA)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def plan(arguments: tuple[str, ...]) -> int:
+    """Compose a config as `train` does and say what it would need: memory, time, money, energy. Starts nothing.
+
+    \b
+    Keys of its own, beside those of the config:
+      cluster=h100x64     a preset and how many of its devices, or a yaml file; default: this machine
+      tokens=1e12         plan the run for so many tokens
+      goal=time           search for the best way to run it: time, cost or memory
+      hours=, budget=     what model, on how many tokens, that buys
+      target_loss=        how long until the loss is that low
+      explain=true        the formula and source of each number
+      verify=true         hold the memory to the real engine, on tensors that take none
+      output=json         for scripts
+      report=true         a page of HTML with pictures, in out=DIR
+    """
+    from bigtrain.plan import command as planning
+
+    options, rest = planning.split(list(arguments))
+    return _compose(tuple(rest), lambda job: planning.run(job.data, options, click.echo))
+
+
 @dataclass
 class Outcome:
     """What became of one job of a sweep."""

@@ -154,6 +154,8 @@ def _prepared(override: str, sweep: bool) -> str:
     if not equals and not override.startswith("~"):
         raise UsageError(f"{override}: has no '='; write key=value")
     group = key.split("@")[0]
+    if group == "cluster":  # a folder of conf, but no part of a run
+        raise ConfigError(key, value, "only bigtrain plan takes it", "where train runs, launch says")
     if group in GROUPS or "/" in group or key.startswith(("hydra", "+", "~")):
         return override
     if value[:1] not in tuple("[{('\"") and not (sweep and "," in value) and not _readable(override):

@@ -480,6 +480,7 @@ class LaunchConfig:
     hang_seconds: int = 600  # without a sign of life of a rank in a step (slow phases: a multiple); 0: wait for ever
     restarts: int = 3  # from the last checkpoint after a failure, until one more brings no new checkpoint; 0: none
     env: dict[str, str] = field(default_factory=dict)  # set in every rank
+    preflight: bool = True  # refuse a run that cannot fit into this machine's memory
     private: bool = False  # the run directory and all that is written: for its owner alone (0700, umask 077)
 
 

@@ -238,7 +238,8 @@ def draw_throughput(runs: list[Run]) -> bytes | None:
 
 
 def draw_memory(runs: list[Run]) -> bytes | None:
-    return _draw_metric(runs, "perf/peak_memory_gib", "Peak memory", "GiB on rank 0", smoothed=False)
+    planned = "plan/peak_memory_gib"
+    return _draw_metric(runs, "perf/peak_memory_gib", "Peak memory", "GiB on rank 0", smoothed=False, planned=planned)
 
 
 PICTURES: dict[str, Callable[[list[Run]], bytes | None]] = {
@@ -250,7 +251,9 @@ PICTURES: dict[str, Callable[[list[Run]], bytes | None]] = {
 }
 
 
-def _draw_metric(runs: list[Run], metric: str, title: str, unit: str, smoothed: bool) -> bytes | None:
+def _draw_metric(
+    runs: list[Run], metric: str, title: str, unit: str, smoothed: bool, planned: str = ""
+) -> bytes | None:
     def draw(axes: Any) -> None:
         tops = []
         for run, colour, dash in _styles(runs):
@@ -263,6 +266,10 @@ def _draw_metric(runs: list[Run], metric: str, title: str, unit: str, smoothed: 
             marker = "o" if len(steps) == 1 else None  # a line of one point cannot be seen
             axes.plot(*thin(steps, line), color=colour, linestyle=dash, linewidth=1.7, label=run.name, marker=marker)
             tops.append(max(np.percentile(values, 99), line[len(line) // 20 :].max()))
+            if expected := run.result.get(planned):
+                axes.axhline(expected, color=colour, linestyle=":", linewidth=1)
+                axes.text(steps[0], expected, "planned ", color=colour, fontsize=7, va="bottom")
+                tops.append(expected)
         axes.set_ylim(0, 1.15 * max(tops) or None)  # from zero, and a spike does not flatten the rest
         axes.set_ylabel(unit)
         if len(runs) > 1:
@@ -358,6 +365,9 @@ RESULTS: tuple[tuple[str, str, Callable[[Any], str], int], ...] = (
     ("Tokens per second", "perf/tokens_per_second", _unit(count), 1),
     ("MFU", "perf/mfu", _number("{:.1%}"), 1),
     ("Peak memory", "perf/peak_memory_gib", _number("{:.2f} GiB"), -1),
+    ("Peak memory, planned", "plan/peak_memory_gib", _number("{:.2f} GiB"), 0),
+    ("Step", "perf/step_seconds", _number("{:.2f} s"), -1),
+    ("Step, planned", "plan/step_seconds", _number("{:.2f} s"), 0),
     ("Training time", "time/train_seconds", _unit(duration), 0),
     ("Total time", "time/total_seconds", _unit(duration), 0),
     ("Steps", "train/steps", _number("{:,}"), 0),

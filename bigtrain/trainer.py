@@ -69,6 +69,7 @@ class Trainer:
         self.train_seconds = 0.0  # over all sessions of the run
         self.last_metrics: dict[str, float] = {}
         self.throughput: list[float] = []
+        self.step_seconds: list[float] = []
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` was saved."""
@@ -273,6 +274,7 @@ class Trainer:
         if self.info.peak_flops:
             metrics["perf/mfu"] = self.info.flops_per_token * tokens_per_second / self.info.peak_flops
         self.throughput.append(tokens_per_second)
+        self.step_seconds.append(metrics["perf/step_seconds"])
         self.last_metrics = metrics
         if self.host.rank == 0:
             self.hooks.on_step(self.step, metrics)
@@ -355,7 +357,7 @@ class Trainer:
         return saved.problem
 
     def _summary(self) -> dict[str, Any]:
-        ordered = sorted(self.throughput)
+        ordered, durations = sorted(self.throughput), sorted(self.step_seconds)
         loss = self.last_metrics.get("train/loss", math.nan)
         return {
             "train/loss": loss if math.isfinite(loss) else None,
@@ -366,6 +368,7 @@ class Trainer:
             "time/save_stall_seconds": self.save_stall_seconds,
             "checkpoint/failed": self.failed_saves,
             "perf/tokens_per_second": ordered[len(ordered) // 2] if ordered else None,
+            "perf/step_seconds": durations[len(durations) // 2] if durations else None,
             "perf/peak_memory_gib": peak_memory_gib(self.engine.device),
         }
 

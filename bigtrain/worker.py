@@ -74,6 +74,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
     from bigtrain.engine.peak import peak_flops
     from bigtrain.hooks import RunInfo, build_hooks
     from bigtrain.models.lora import add_lora
+    from bigtrain.plan import preflight
     from bigtrain.trainer import Trainer
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
@@ -161,7 +162,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
             trainer.restore(resumed)
         result = trainer.fit()
         heartbeat.phase(heartbeat.ENDING)
-        result |= task.facts() | {
+        result |= task.facts() | preflight.predicted(run_dir) | {
             "model/parameters": info.parameters,
             "model/trained_parameters": trained,
             "time/total_seconds": time.time() - started,

@@ -18,6 +18,7 @@ from bigtrain.config import LABELLED_TASKS, Config, DeepSpeedConfig
 from bigtrain.errors import BigtrainError, ConfigError, unknown_key
 from bigtrain.hardware import Placement
 from bigtrain.launch import Stopped, dryrun, local, ops, pretrained, run_dir
+from bigtrain.plan import preflight
 from bigtrain.redact import redact
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def train(config: Config, say: Callable[[str], None], continue_command: Callable
     if config.launch.kind == "dryrun":
         say(dryrun.show(config, placement))
         return math.nan
+    preflight.check(config, placement)
     path = Path(config.run_dir)
     with run_dir.only_for_owner(path, config.launch.private), run_dir.claim(path):
         before = run_dir.previous(path)
@@ -87,6 +89,8 @@ def train(config: Config, say: Callable[[str], None], continue_command: Callable
             if block := changes.listing(listed, found, placement.ranks):
                 say(block)
         ops.prepare(config, placement.device)
+        with run_dir.readable_errors(path):
+            preflight.write(config, path)
         return _run(config, placement, say, continue_command)
 
 

@@ -1,0 +1,191 @@
+"""What `bigtrain plan` answers beyond the plan of one config: the best way to run it, what a budget buys, what a loss
+costs, and the page of pictures."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bigtrain.config import Config, Seq2SeqConfig
+from bigtrain.errors import ConfigError
+from bigtrain.plan import flops, money, recommend, simulate, step_time
+from bigtrain.plan import sizes as parameter_sizes
+from bigtrain.plan.clusters import Cluster
+from bigtrain.plan.options import Options
+from bigtrain.plan.recommend import Candidate, Law, Optimum, Recommendation
+
+
+@dataclass
+class Answers:
+    """`config` on `cluster` is what is to be planned: as it was given, or as it was recommended."""
+
+    config: Config
+    cluster: Cluster
+    tokens: float | None
+    lines: list[str] = field(default_factory=list)  # for the reader
+    data: dict[str, Any] = field(default_factory=dict)  # the same for JSON
+    recommendation: Recommendation | None = None
+
+
+def answer(options: Options, config: Config, cluster: Cluster) -> Answers:
+    """Everything that `options` asks beside the plan itself. Raises ConfigError."""
+    config = parameter_sizes.with_vocabulary(config)
+    found = Answers(config, cluster, options.tokens)
+    law = recommend.read_law(Path(options.ladder)) if options.ladder else recommend.CHINCHILLA
+    if options.target_loss is not None:
+        _target(found, options.target_loss, law, fitted=options.ladder is not None)
+    if options.hours is not None or options.budget is not None:
+        if options.hours is not None and options.budget is not None:
+            raise ConfigError("budget", options.budget, "there is a budget of hours already", "leave one of them out")
+        _purchase(found, options.hours, options.budget, law)
+    if options.goal != "none":
+        _recommend(found, options.goal)
+    return found
+
+
+def write_page(found: Answers, out: Path) -> Path:
+    """The pictures. Raises BigtrainError if they cannot be written."""
+    from bigtrain.plan import pictures
+
+    config, cluster = found.config, found.cluster
+    sizes = parameter_sizes.of_run(config)
+
+    def memory(other: Config, on: Cluster, ranks: int) -> dict[str, float]:
+        return recommend.room(other, on, ranks, sizes).parts
+
+    title = f"{_count(sizes.total)} parameters on {cluster.devices} x {cluster.device.name}"
+    subject = pictures.Subject(
+        config, cluster, cluster.devices, sizes, title, found.tokens or _run_tokens(config), found.recommendation
+    )
+    return pictures.write_report(subject, memory, out)
+
+
+# --------------------------------------------------------------------------------------------- the answers
+
+
+def _recommend(found: Answers, goal: recommend.Goal) -> None:
+    tokens = found.tokens or _run_tokens(found.config)
+    best = recommend.search(found.config, found.cluster, goal, tokens)
+    found.recommendation, found.tokens = best, tokens
+    found.config, found.cluster = best.best.config, best.best.cluster
+    found.lines += [
+        f"best for {goal}: {best.best.short}",
+        f"  {_figures(best.best)}",
+        f"what binds: {best.binds}",
+        f"next: {best.next_change}",
+        f"train with: {best.best.line}",
+        "as conf/experiment/NAME.yaml:",
+        *(f"  {line}" for line in best.best.yaml.splitlines()),
+        f"not to be beaten in time, money and memory at once ({best.fitting} of {best.tried} ways fit):",
+        *(f"  {_figures(each)}: {each.short}" for each in _spread(best.front)),
+    ]
+    found.data["recommendation"] = _plain(best.best) | {
+        "goal": goal,
+        "binds": best.binds,
+        "next_change": best.next_change,
+        "overrides": best.best.line,
+        "yaml": best.best.yaml,
+        "tried": best.tried,
+        "fitting": best.fitting,
+        "pareto": [_plain(each) for each in best.front],
+    }
+
+
+def _spread(front: list[Candidate], most: int = 12) -> list[Candidate]:
+    """Some of a long front, evenly, its ends among them."""
+    if len(front) <= most:
+        return front
+    return [front[round(index * (len(front) - 1) / (most - 1))] for index in range(most)]
+
+
+def _purchase(found: Answers, hours: float | None, dollars: float | None, law: Law) -> None:
+    if hours is None:
+        assert dollars is not None
+        hours = recommend.hours_for_dollars(dollars, found.cluster)
+    bought = recommend.buy(found.config, found.cluster, hours, law)
+    model, optimum = flops.our_model(bought.config.model), bought.optimum
+    ranks, sizes = found.cluster.devices, parameter_sizes.of_run(bought.config)
+    fits = recommend.room(bought.config, found.cluster, ranks, sizes).fits
+    found.lines += [
+        f"{hours:,.4g} hours of {found.cluster.devices} devices (${bought.cost:,.0f}) are {optimum.flops:.3g} FLOPs "
+        f"at an MFU of {bought.time.mfu:.0%}",
+        f"compute-optimal: {_interval(optimum)}, loss {optimum.loss:.3f} nats per token",
+        f"  as model.dim={model.dim} model.n_layers={model.n_layers} model.n_heads={model.n_heads}"
+        + (f" model.ffn_dim={model.ffn_dim}" if model.ffn_dim else "")
+        + f": {_count(bought.parameters)} parameters"
+        + ("" if fits else ", which do not fit with these settings: goal=time finds others"),
+    ]
+    largest = recommend.largest_model(found.config, found.cluster)
+    wide, total = flops.our_model(largest.config.model), parameter_sizes.of_run(largest.config).total
+    found.lines.append(
+        f"the largest of this shape that fits: {_count(total)} (model.dim={wide.dim} model.n_layers={wide.n_layers}; "
+        f"{largest.short})"
+    )
+    found.data["purchase"] = {
+        "hours": hours, "cost": bought.cost, "flops": optimum.flops, "parameters": optimum.parameters,
+        "parameters_interval": optimum.parameters_interval, "tokens": optimum.tokens,
+        "tokens_interval": optimum.tokens_interval, "loss": optimum.loss, "dim": model.dim, "n_layers": model.n_layers,
+        "fits": fits, "largest_parameters": total, "largest_dim": wide.dim, "largest_n_layers": wide.n_layers,
+    }  # fmt: skip
+
+
+def _target(found: Answers, target: float, law: Law, fitted: bool) -> None:
+    sizes = parameter_sizes.of_run(found.config)
+    tokens = recommend.tokens_to_loss(target, sizes.total, law)
+    time = step_time.estimate(found.config, found.cluster, found.cluster.devices, sizes)
+    bill = money.bill(money.hours_for(tokens, time.tokens_per_second), found.cluster.devices, found.cluster)
+    kept = simulate.goodput_of(found.config, found.cluster, sizes, time, bill.hours)
+    found.lines += [
+        f"a loss of {target:g} nats per token takes {_count(tokens)} tokens: {bill.hours:,.4g} hours "
+        f"({bill.hours / kept:,.4g} with failures), ${bill.cost:,.0f}, {bill.energy_kwh:,.0f} kWh",
+    ]
+    if not fitted:
+        found.lines.append(
+            "  by Chinchilla's law for its own data and tokenizer (arXiv 2404.10102): "
+            "fit yours with bigtrain report --ladder, then ladder=FILE"
+        )
+    found.tokens = found.tokens or tokens
+    found.data["target"] = {
+        "loss": target, "tokens": tokens, "hours": bill.hours, "hours_with_failures": bill.hours / kept,
+        "cost": bill.cost, "energy_kwh": bill.energy_kwh, "fitted": fitted,
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- writing
+
+
+def _run_tokens(config: Config) -> float:
+    """Of train.steps steps."""
+    texts = 2 if isinstance(config.model, Seq2SeqConfig) else 1
+    return float(config.train.steps * config.train.global_batch * flops.sequence_length(config) * texts)
+
+
+def _figures(candidate: Candidate) -> str:
+    bill, time = candidate.bill, candidate.time
+    paid = f"${bill.cost:,.0f}" if bill.cost else f"{bill.device_hours:,.4g} device hours"
+    return f"{bill.hours:,.4g} h, {paid}, {candidate.peak_gib:,.1f} GiB a rank, MFU {time.mfu:.0%}"
+
+
+def _plain(candidate: Candidate) -> dict[str, Any]:
+    return {
+        "ranks": candidate.ranks, "hours": candidate.bill.hours, "cost": candidate.bill.cost,
+        "energy_kwh": candidate.bill.energy_kwh, "peak_gib": candidate.peak_gib,
+        "step_seconds": candidate.time.seconds, "mfu": candidate.time.mfu, "settings": candidate.overrides,
+    }  # fmt: skip
+
+
+def _interval(optimum: Optimum) -> str:
+    least, most = optimum.parameters_interval
+    few, many = optimum.tokens_interval
+    return (
+        f"{_count(optimum.parameters)} parameters ({_count(least)} to {_count(most)}) on "
+        f"{_count(optimum.tokens)} tokens ({_count(few)} to {_count(many)})"
+    )
+
+
+def _count(value: float) -> str:
+    for unit, name in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= unit:
+            return f"{value / unit:.3g}{name}"
+    return f"{value:.3g}"

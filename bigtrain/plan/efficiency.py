@@ -1,0 +1,50 @@
+"""How much of a device's peak kernels reach, as a handful of constants for each generation of devices.
+
+They were fitted on llm-foundry's public throughput tables (benchmarks/ground_truth/llm_foundry.csv: 125M to 70B
+parameters, 512 to 65,536 tokens, 8 to 128 GPUs, FSDP); `benchmarks/plan_ground_truth.py --fit` prints them. Their
+published error is that of models left out of the fit. Attention is apart: those tables were made with a
+Triton kernel that has been replaced since.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from bigtrain.plan.clusters import Device
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Fractions of what the device can do, 1 being its data sheet (or of a CPU what was measured)."""
+
+    matmul: float  # of the peak of the precision
+    attention: float  # of the bf16 peak, for the operations that a causal mask leaves
+    memory: float  # of the memory bandwidth, in kernels that do little else
+    optimizer: float  # of the memory bandwidth, in the optimizer step with clipping and casts
+    layer_seconds: float  # a layer's hooks and launches that nothing hides, for each micro-batch
+    exposed: float  # of a collective that runs beside computation, the fraction that it slows it down by
+    tile: int = 128  # dimensions of a matmul are rounded up to it
+    validated: bool = True  # against public rows of such devices
+
+
+AMPERE = Efficiency(matmul=0.72, attention=0.60, memory=0.59, optimizer=0.31, layer_seconds=2.1e-3, exposed=0.6)
+HOPPER = Efficiency(matmul=0.61, attention=0.34, memory=0.59, optimizer=0.31, layer_seconds=2.0e-3, exposed=0.6)
+# A CPU's peak is measured, so that these are about shapes, not clocks: see `bigtrain doctor --cluster-file`.
+CPU = Efficiency(
+    matmul=0.75, attention=0.12, memory=0.5, optimizer=0.5, layer_seconds=4e-4, exposed=1.0, tile=16, validated=False
+)
+
+
+def of(device: Device) -> Efficiency:
+    """What to assume of a device. Unknown GPUs are taken for the nearest validated generation."""
+    if device.is_cpu:
+        found = CPU
+    elif "A100" in device.name:
+        found = (
+            AMPERE  # attention: FlashAttention-2 (arXiv 2307.08691, section 4.1) reaches 50-73% forward and backward
+        )
+    elif "H100" in device.name:
+        found = HOPPER  # attention: FlashAttention-2 on H100, 335 TFLOP/s (same section)
+    else:
+        found = replace(HOPPER, validated=False)
+    return replace(found, matmul=device.matmul_efficiency) if device.matmul_efficiency else found

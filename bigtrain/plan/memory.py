@@ -1,0 +1,358 @@
+"""The bytes that one rank holds, moment by moment of a step, and which moment needs most.
+
+A rank holds its share of weights and optimizer states all the time (`states`), and on top of it what the moment needs:
+the loss its logits, the backward pass gradients and buckets, the update a copy of the gradients in fp32. What each
+ZeRO stage holds is read off DeepSpeed 0.19 with the options that engine/deepspeed.py gives it.
+
+Symbols: P parameters, N ranks, e bytes of an element in train.precision.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+from dataclasses import dataclass, field
+from typing import Literal
+
+from bigtrain.config import AccelerateConfig, Config, DeepSpeedConfig, MuonConfig, accumulation_steps, micro_batch
+from bigtrain.plan import activations, clusters
+from bigtrain.plan.activations import Activations, Setting
+from bigtrain.plan.flops import sequence_length
+from bigtrain.plan.result import GIB
+from bigtrain.plan.sizes import Parameter, Sizes
+
+PERSISTENT = 100_000  # elements of a ZeRO-3 parameter that stays gathered (stage3_param_persistence_threshold)
+REUSED = 1_000_000_000  # elements between two uses up to which it stays gathered too (stage3_max_reuse_distance)
+SUB_GROUP = 1_000_000_000  # elements of a rank that ZeRO-3 updates at a time
+ALL_REDUCED = 500_000_000  # elements of gradients that stage 0 sends at a time
+NVME_BUFFERS, NVME_BUFFER = 5, 100_000_000  # offload_param: buffer_count, buffer_size in elements
+BLOCK_8BIT = 256  # elements that share a scale in torchao's 8-bit states
+SMALLEST_8BIT = 4096  # elements; smaller ones keep fp32 states
+Device = Literal["cpu", "cuda"]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is held at one moment of a step, part by part, in bytes."""
+
+    name: str
+    parts: dict[str, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the rank that needs most."""
+
+    states: dict[str, int]  # parameters, master, optimizer ...: between two steps
+    moments: tuple[Moment, ...]
+    activations: Activations
+    host: int = 0  # of one rank: offloaded states in RAM
+    host_building: int = 0  # of one rank, while its model is built on the host
+    disk: int = 0  # of one rank: offloaded states on NVMe
+    assumptions: list[str] = field(default_factory=list)  # where the closed form is not held to a measurement
+
+    @property
+    def peak(self) -> Moment:
+        return max(self.moments, key=lambda moment: moment.total)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Parameters that the optimizer treats alike, which ZeRO flattens together."""
+
+    parameters: tuple[Parameter, ...]
+    state_bytes: float  # of the optimizer, for an element
+
+    @property
+    def count(self) -> int:
+        return sum(each.count for each in self.parameters)
+
+
+def needed(found: Memory, device: clusters.Device) -> dict[str, float]:
+    """GiB by part at the peak on a device: what the tensors take, and what comes on top of them there."""
+    parts = {name: size / GIB for name, size in found.peak.parts.items() if size}
+    blocks = found.activations.large_tensors(10 * 2**20)
+    parts["rounding"] = blocks * device.block_mib / 2 / 1024  # half a block for each tensor that has its own
+    parts["context"] = device.context_gib
+    return parts | {"peak": sum(parts.values())}
+
+
+def estimate(config: Config, ranks: int, sizes: Sizes, device: Device) -> Memory:
+    """Of `config` with its vocabulary set, on so many ranks."""
+    element = 4 if config.train.precision == "fp32" else 2
+    setting = Setting(
+        device, element, micro_batch(config, ranks), sequence_length(config),
+        documents=bool(getattr(config.data, "isolate_documents", False)), cpu_kernels=_cpu_kernels(),
+    )  # fmt: skip
+    found = activations.of(config, setting)
+    if isinstance(config.engine, AccelerateConfig):
+        return _accelerate(config, ranks, sizes, found, device)
+    groups = _groups(config, sizes)
+    return _Zero(config, config.engine, ranks, sizes, groups, found, element, device).memory()
+
+
+def _cpu_kernels() -> bool:
+    """Whether models/cpu_kernels.py can be built here, without importing it and torch."""
+    if os.environ.get("BIGTRAIN_CPU_KERNELS", "1") == "0":
+        return False
+    return bool(os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc"))
+
+
+def _groups(config: Config, sizes: Sizes) -> list[_Group]:
+    """As engine/optimizers.parameter_groups makes them (layer_lr_decay splits them further, which changes padding)."""
+    groups: dict[tuple[bool, bool], list[Parameter]] = {}
+    for each in sizes.parameters:
+        if each.trained:
+            matrix = len(each.shape) >= 2
+            hidden = matrix and "embed" not in each.name and "head" not in each.name.split(".")
+            groups.setdefault((matrix, hidden and isinstance(config.optimizer, MuonConfig)), []).append(each)
+    return [_Group(tuple(parameters), _state_bytes(config, parameters)) for parameters in groups.values()]
+
+
+def _state_bytes(config: Config, parameters: list[Parameter]) -> float:
+    """Of the optimizer for each element, its fp32 master not counted."""
+    kind = config.optimizer.kind
+    if kind == "adamw8bit":
+        large = sum(each.count for each in parameters if each.count >= SMALLEST_8BIT and each.count % BLOCK_8BIT == 0)
+        total = sum(each.count for each in parameters)
+        return (large * (2 + 2 * 4 / BLOCK_8BIT) + (total - large) * 8) / max(total, 1)
+    if kind == "adafactor":  # a row and a column of sums for a matrix
+        kept = sum(sum(each.shape) if len(each.shape) > 1 else each.count for each in parameters)
+        return 4 * kept / max(sum(each.count for each in parameters), 1)
+    if kind == "muon":
+        name = parameters[0].name
+        hidden = len(parameters[0].shape) >= 2 and "embed" not in name and "head" not in name.split(".")
+        return 4.0 if hidden else 8.0
+    return 4.0 if kind == "lion" else 8.0
+
+
+@dataclass(frozen=True)
+class _Zero:
+    """DeepSpeed's stages 0 to 3."""
+
+    config: Config
+    engine: DeepSpeedConfig
+    ranks: int
+    sizes: Sizes
+    groups: list[_Group]
+    found: Activations
+    element: int
+    device: Device
+
+    def memory(self) -> Memory:
+        engine = self.engine
+        states, host, disk = self.states(), 0, 0
+        update = self.update()
+        if engine.offload_optimizer != "none":
+            moved = states.pop("master", 0) + states.pop("optimizer", 0)
+            gradients = states.pop("gradients", 0)
+            shard = sum(map(self.shard, self.groups))
+            gradients = 4 * shard + (gradients or (self.gradient_bytes * shard if self.accumulates else 0))
+            host += self.element * shard if engine.stage < 3 else 0  # updated weights on their way back
+            if engine.offload_optimizer == "nvme":
+                disk += moved + 4 * shard
+                host += 4 * 4 * min(shard, SUB_GROUP) + gradients - 4 * shard  # buffer_count buffers
+            else:
+                host += moved + gradients
+            update = {}
+        if engine.offload_parameters != "none":
+            moved = states.pop("parameters")
+            if engine.offload_parameters == "nvme":
+                disk += moved
+                host += NVME_BUFFERS * NVME_BUFFER * self.element
+            else:
+                host += moved
+        in_ram = self.device == "cpu"
+        if in_ram and host:  # one memory for both
+            states["offloaded"], host = host, 0
+        offloaded = engine.offload_optimizer != "none" or engine.offload_parameters != "none"
+        return Memory(
+            states=states,
+            moments=tuple(self.moments(states, update)),
+            activations=self.found,
+            host=host,
+            host_building=0 if in_ram or (engine.stage == 3 and engine.zero_init) else 4 * self.sizes.total,
+            disk=disk,
+            assumptions=["offloaded states are counted from DeepSpeed's source, not measured"] if offloaded else [],
+        )
+
+    # -------------------------------------------------------------------------------------------- all the time
+
+    def states(self) -> dict[str, int]:
+        """Between two steps."""
+        stage, total, element = self.engine.stage, self.sizes.total, self.element
+        frozen = self.sizes.total - self.sizes.trained
+        if stage == 0:
+            master = 4 * self.sizes.trained if element == 2 else 0
+            optimizer = sum(round(group.count * group.state_bytes) for group in self.groups)
+            return {"parameters": element * total, "master": master, "optimizer": optimizer}
+        shards = {index: self.shard(group) for index, group in enumerate(self.groups)}
+        held = {
+            "master": 4 * sum(shards.values()),
+            "optimizer": sum(round(shards[index] * group.state_bytes) for index, group in enumerate(self.groups)),
+        }
+        if stage < 3:
+            flat = sum(shard * self.ranks for shard in shards.values())
+            return {"parameters": element * (flat + frozen)} | held
+        parts = sum(math.ceil(each.count / self.ranks) for each in self.sizes.parameters)
+        gradients = self.gradient_bytes * sum(shards.values())  # one buffer for all of them, made at the start
+        return {"parameters": element * parts} | held | {"gradients": gradients, "buckets": self.bucket}
+
+    def shard(self, group: _Group) -> int:
+        """Elements of a group that one rank updates: parameter by parameter in stage 3, before it of the flat whole,
+        padded so that each rank's begins at a multiple of 2."""
+        if self.engine.stage == 0:
+            return group.count
+        if self.engine.stage == 3:
+            return sum(math.ceil(each.count / self.ranks) for each in group.parameters)
+        return 2 * math.ceil(group.count / (2 * self.ranks))
+
+    @property
+    def accumulates(self) -> bool:
+        return accumulation_steps(self.config, self.ranks) > 1
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of an element of the accumulated gradients (engine/deepspeed.py: bf16 is too coarse to add many up in)."""
+        wide = self.config.train.precision == "bf16" and self.engine.stage >= 2 and self.accumulates
+        return 4 if wide else self.element
+
+    @property
+    def bucket(self) -> int:
+        return self.engine.bucket_mib * 2**20
+
+    @property
+    def buckets(self) -> int:
+        """While gradients are reduced; two, where that overlaps with the computation of others."""
+        double = self.engine.overlap_comm and self.device == "cuda" and self.engine.stage in (1, 2)
+        return self.bucket * (2 if double else 1)
+
+    # -------------------------------------------------------------------------------------- moments of a step
+
+    def moments(self, states: dict[str, int], update: dict[str, int]) -> list[Moment]:
+        found, checkpointing = self.found, self.config.train.activation_checkpointing
+        saved = found.saved(checkpointing)
+        gathered = self.gathered()
+        kept = states | self.accumulated() | gathered
+        loss = kept | {"activations": saved, "logits": found.head_peak}
+        again = max(found.blocks, default=0) if checkpointing else 0  # of the block that is computed again
+        backward = _sum(
+            kept,
+            {"activations": saved + again, "logits": self.largest_gradient, "temporary": found.working},
+            {"buckets": self.buckets if 0 < self.engine.stage < 3 else 0},
+        )
+        moments = [Moment("loss", loss), Moment("backward", backward)]
+        moments.append(Moment("end of backward", _sum(kept, self.reduced())))
+        if update:
+            moments.append(Moment("update", _sum(states, update)))
+        moments.append(Moment("start", self.building(states)))
+        return moments
+
+    @property
+    def largest_gradient(self) -> int:
+        """Of the vocabulary's table, which the loss has computed and the backward pass of the embedding adds to."""
+        return max((self.element * each.count for each in self.sizes.parameters if each.part == "embedding"), default=0)
+
+    def accumulated(self) -> dict[str, int]:
+        """Gradients of the micro-batches before the last one."""
+        if not self.accumulates or self.engine.stage == 3:
+            return {}
+        trained = self.sizes.trained
+        if self.engine.stage == 2:
+            if self.engine.offload_optimizer != "none":
+                return {}  # added up in host memory
+            owned = self.owned() if self.gradient_bytes == self.element else sum(map(self.shard, self.groups))
+            return {"gradients": self.gradient_bytes * owned}
+        return {"gradients": self.element * trained} | ({"buckets": self.bucket} if self.engine.stage == 1 else {})
+
+    def owned(self) -> int:
+        """Elements of all the parameters that reach into a rank's partition, of the rank that has most."""
+        most = 0
+        for rank in range(min(self.ranks, 2)):  # the first have the large ones: the embedding
+            total = 0
+            for group in self.groups:
+                shard, start = self.shard(group), 0
+                for each in group.parameters:
+                    if start < (rank + 1) * shard and start + each.count > rank * shard:
+                        total += min(start + each.count, (rank + 1) * shard) - max(start, rank * shard)
+                    start += each.count
+            most = max(most, total)
+        return most
+
+    def gathered(self) -> dict[str, int]:
+        """Whole parameters of ZeRO-3 at the widest place. What is used again within REUSED elements stays, which at
+        the end of the forward pass is the last half of that."""
+        if self.engine.stage != 3:
+            return {}
+        total = sum(each.count for each in self.sizes.parameters)
+        small = sum(each.count for each in self.sizes.parameters if each.count <= PERSISTENT)
+        prefetched = self.bucket // self.element
+        return {"gathered": self.element * min(total, small + REUSED // 2 + prefetched)}
+
+    def reduced(self) -> dict[str, int]:
+        """When the last gradient, that of the embedding, has come."""
+        stage, element, shard = self.engine.stage, self.element, sum(map(self.shard, self.groups))
+        last = 2 * self.largest_gradient
+        if stage == 0:
+            flat = element * min(self.sizes.trained, ALL_REDUCED)
+            own = 0 if self.accumulates else element * self.sizes.trained
+            return {"gradients": own + max(last, flat)}
+        if stage == 3:
+            return {"gradients": last}
+        if stage == 2 and self.gradient_bytes != element:  # added to the accumulated ones at once
+            return {"gradients": last, "buckets": self.buckets}
+        return {"gradients": element * shard + last, "buckets": self.buckets}
+
+    def update(self) -> dict[str, int]:
+        """On top of the states: gradients, and a group's of them in fp32, flat."""
+        stage, element = self.engine.stage, self.element
+        shards = [self.shard(group) for group in self.groups]
+        if stage == 0:
+            return {"gradients": element * self.sizes.trained, "temporary": 4 * self.sizes.trained * (element == 2)}
+        largest = min(max(shards, default=0), SUB_GROUP)
+        copies = largest * (4 + (self.gradient_bytes if self.gradient_bytes != 4 else 0))
+        held = {} if stage == 3 else {"gradients": self.gradient_bytes * sum(shards)}
+        return held | {"temporary": copies}
+
+    def building(self, states: dict[str, int]) -> dict[str, int]:
+        """Before the first step: the model as it was built, beside the flat copy that ZeRO makes of it."""
+        total = self.sizes.total
+        if self.engine.stage == 3 and self.engine.zero_init:
+            return states
+        whole = 4 * total if self.device == "cpu" else self.element * total
+        if self.engine.stage == 0:
+            return {"parameters": max(whole, self.element * total)} | {"master": states["master"]}
+        return {"parameters": max(whole, 2 * self.element * total)}
+
+
+def _accelerate(config: Config, ranks: int, sizes: Sizes, found: Activations, device: Device) -> Memory:
+    """DDP and FSDP2 with fp32 weights: autocast keeps a 16-bit copy of the weights of what runs."""
+    assert isinstance(config.engine, AccelerateConfig)
+    sharded = config.engine.parallel == "fsdp2" and ranks > 1
+    share = ranks if sharded else 1
+    shard = sum(math.ceil(each.count / share) for each in sizes.parameters)
+    optimizer = sum(round(group.count * group.state_bytes / share) for group in _groups(config, sizes))
+    states = {"parameters": 4 * shard, "optimizer": optimizer}
+    trained = math.ceil(sizes.trained / share)
+    held = {"buckets": 4 * trained if ranks > 1 and not sharded else 0}  # DDP reduces in a copy of the gradients
+    cast = 0 if config.train.precision == "fp32" else 2 * sizes.total
+    saved = found.saved(config.train.activation_checkpointing)
+    working = {"gathered": cast, "activations": saved, "logits": found.head_peak}
+    moments = (
+        Moment("loss", states | held | working),
+        Moment("update", states | held | {"gradients": 4 * trained, "temporary": 4 * trained}),
+    )
+    return Memory(states, moments, found, assumptions=["engine=accelerate is an estimate that was not measured"])
+
+
+def _sum(*parts: dict[str, int]) -> dict[str, int]:
+    result: dict[str, int] = {}
+    for part in parts:
+        for key, value in part.items():
+            result[key] = result.get(key, 0) + value
+    return {key: value for key, value in result.items() if value}

@@ -1,0 +1,351 @@
+"""`report=true`: a plan on one page that is a file by itself, in the style of a run's report."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from bigtrain import __version__
+from bigtrain.config import Config, DeepSpeedConfig
+from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.plan import money, simulate, step_time
+from bigtrain.plan.clusters import Cluster
+from bigtrain.plan.recommend import Recommendation
+from bigtrain.plan.sizes import Sizes
+from bigtrain.report import COLOURS, CSS, DPI, INK, LARGE, MUTED, SMALL, STYLE
+
+Parts = dict[str, float]  # part -> GiB, and `peak`
+Memory = Callable[[Config, Cluster, int], Parts]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What the page is about."""
+
+    config: Config
+    cluster: Cluster
+    ranks: int
+    sizes: Sizes
+    title: str = ""
+    tokens: float | None = None
+    recommendation: Recommendation | None = None
+
+
+def write_report(subject: Subject, memory: Memory, out: Path) -> Path:
+    """Write the page into the directory `out` and return its path. Raises BigtrainError if that cannot be done."""
+    time = step_time.estimate(subject.config, subject.cluster, subject.ranks, subject.sizes)
+    pictures = {
+        "memory": draw_memory(memory_by_stage(subject, memory), subject.cluster.device.memory_gib),
+        "step": draw_step(time),
+        "scaling": draw_scaling(subject),
+        "checkpoints": draw_checkpoints(subject, time),
+        "timeline": draw_timeline(simulate.step(subject.config, subject.cluster, subject.ranks, subject.sizes)),
+    }
+    if subject.recommendation is not None:
+        pictures["front"] = draw_front(subject.recommendation)
+    page = render(subject, time, {name: png for name, png in pictures.items() if png is not None})
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "plan.html").write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise BigtrainError(f"the report cannot be written: {error}") from None
+    return out / "plan.html"
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def _picture(title: str, size: tuple[float, float], draw: Callable[[Any], None]) -> bytes:
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1), facecolor="white")
+        axes = figure.add_subplot()
+        axes.set_title(title)
+        draw(axes)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png", metadata={"Software": None})
+        return buffer.getvalue()
+
+
+def memory_by_stage(subject: Subject, memory: Memory) -> dict[str, Parts]:
+    """Of the same run at ZeRO stages 0 to 3: label -> parts. The planned stage is marked with a star."""
+    engine = subject.config.engine
+    if not isinstance(engine, DeepSpeedConfig):
+        return {"*": memory(subject.config, subject.cluster, subject.ranks)}
+    found = {}
+    for stage in range(4):
+        offload = engine if stage == engine.stage else replace(
+            engine, offload_optimizer="none" if stage == 0 else engine.offload_optimizer,
+            offload_parameters="none" if stage < 3 else engine.offload_parameters,
+        )  # fmt: skip
+        other = replace(subject.config, engine=replace(offload, stage=stage))
+        try:
+            found[f"stage {stage}{' *' if stage == engine.stage else ''}"] = memory(
+                other, subject.cluster, subject.ranks
+            )
+        except ConfigError:  # what this optimizer or offload cannot do at that stage
+            continue
+    return found
+
+
+def draw_memory(stages: dict[str, Parts], room_gib: float) -> bytes | None:
+    """Stacked bars of a rank's memory at its fullest, and the line that none may cross."""
+    if not stages:
+        return None
+    names = list(dict.fromkeys(name for parts in stages.values() for name in parts if name != "peak"))
+    names = [name for name in names if any(parts.get(name, 0) > 0 for parts in stages.values())]
+
+    def draw(axes: Any) -> None:
+        labels = list(stages)
+        left = [0.0] * len(labels)
+        for index, name in enumerate(names):
+            widths = [max(0.0, stages[label].get(name, 0.0)) for label in labels]
+            colour = COLOURS[index % len(COLOURS)]
+            hatch = "//" if index >= len(COLOURS) else None
+            axes.barh(labels, widths, left=left, color=colour, hatch=hatch, height=0.62, label=name.replace("_", " "))
+            left = [before + width for before, width in zip(left, widths, strict=True)]
+        peaks = [stages[label].get("peak", total) for label, total in zip(labels, left, strict=True)]
+        far = max([*left, *peaks, room_gib])
+        for place, (total, peak) in enumerate(zip(left, peaks, strict=True)):
+            too_much = peak > room_gib
+            text = f"{peak:,.1f} GiB" + ("  does not fit" if too_much else "")
+            axes.text(
+                max(total, peak) + far * 0.012, place, text, va="center", fontsize=9.5,
+                color=COLOURS[1] if too_much else INK, fontweight="bold" if "*" in labels[place] else "normal",
+            )  # fmt: skip
+        axes.axvline(room_gib, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
+        axes.annotate(
+            f"{room_gib:g} GiB", (room_gib, 1), xycoords=("data", "axes fraction"), xytext=(4, 2),
+            textcoords="offset points", fontsize=9, color=INK, va="bottom",
+        )  # fmt: skip
+        axes.invert_yaxis()
+        axes.set_xlim(0, far * 1.2)
+        axes.set_xlabel("GiB of the fullest rank")
+        axes.grid(visible=False, axis="y")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, fontsize=9, labelcolor=INK)
+
+    return _picture("Memory by ZeRO stage", LARGE, draw)
+
+
+def draw_step(time: step_time.StepTime) -> bytes:
+    """What a step's seconds go to."""
+
+    def draw(axes: Any) -> None:
+        names = [name for name, seconds in time.parts.items() if seconds > 0]
+        seconds = [time.parts[name] for name in names]
+        axes.barh(names, seconds, color=[COLOURS[index % len(COLOURS)] for index in range(len(names))], height=0.62)
+        for place, value in enumerate(seconds):
+            axes.text(
+                value + max(seconds) * 0.015, place, f"{_short(value)}  {value / time.seconds:.0%}",
+                va="center", fontsize=9, color=INK,
+            )  # fmt: skip
+        axes.invert_yaxis()
+        axes.set_xlim(0, max(seconds) * 1.35)
+        axes.set_xlabel(f"seconds of a step: {_short(time.seconds)} ({_short(time.low)} to {_short(time.high)})")
+        axes.grid(visible=False, axis="y")
+
+    return _picture("Where a step's time goes", SMALL, draw)
+
+
+def draw_scaling(subject: Subject) -> bytes | None:
+    """Tokens per second over devices at constant work for each, simulated, beside perfect scaling."""
+    per_node = subject.cluster.devices_per_node
+    most = max(8 * subject.ranks, 8 * per_node)
+    counts = sorted({size for size in (per_node * 2**power for power in range(15)) if size <= most} | {subject.ranks})
+    counts = [size for size in counts if size <= per_node or size % per_node == 0]
+    if len(counts) < 2 or subject.config.train.global_batch < subject.ranks:
+        return None
+
+    def draw(axes: Any) -> None:
+        for jitter, colour, label in ((0.0, COLOURS[0], "all ranks alike"), (0.05, COLOURS[1], "ranks differ by 5%")):
+            found = simulate.scaling(
+                subject.config, subject.cluster, subject.ranks, subject.sizes, counts, jitter=jitter
+            )
+            axes.plot(
+                [ranks for ranks, _, _ in found], [speed for _, speed, _ in found], color=colour, marker="o",
+                markersize=4.5, linewidth=1.7, label=label,
+            )  # fmt: skip
+            if jitter == 0:
+                first = found[0]
+                axes.plot(
+                    counts, [first[1] / first[0] * size for size in counts], color=MUTED, linewidth=1, linestyle=":",
+                    label="linear",
+                )  # fmt: skip
+        axes.axvline(subject.ranks, color=INK, linewidth=1, linestyle=(0, (4, 2)))
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.set_xlabel("devices, the same work for each")
+        axes.set_ylabel("tokens per second")
+        axes.legend(fontsize=9, labelcolor=INK)
+
+    return _picture("Scaling", SMALL, draw)
+
+
+def draw_checkpoints(subject: Subject, time: step_time.StepTime) -> bytes:
+    """Goodput over the time between checkpoints, with the failures of so many devices."""
+    stall = money.checkpoint(
+        subject.config, subject.cluster, subject.ranks, subject.sizes.total, subject.sizes.trained
+    ).stall_seconds
+    curve = list(simulate.intervals(subject.ranks, time.seconds, stall))
+    best = max(curve, key=lambda point: point[1])
+
+    def draw(axes: Any) -> None:
+        axes.plot([x / 60 for x, _ in curve], [100 * y for _, y in curve], color=COLOURS[2], marker="o", linewidth=1.7)
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.3g}")
+        axes.xaxis.set_minor_formatter(lambda *_: "")
+        axes.set_xlabel(f"minutes between checkpoints (best: {best[0] / 60:,.3g})")
+        axes.set_ylabel("% of the time that counts")
+
+    return _picture("Time between checkpoints", SMALL, draw)
+
+
+def draw_front(recommendation: Recommendation) -> bytes:
+    """Hours against cost of everything on the Pareto front; the recommended one is marked."""
+
+    def draw(axes: Any) -> None:
+        free = not any(each.bill.cost for each in recommendation.front)
+
+        def paid(bill: money.Bill) -> float:
+            return bill.device_hours if free else bill.cost
+
+        front = recommendation.front
+        sizes = [18 + 90 * each.peak_gib / each.cluster.device.memory_gib for each in front]
+        stages = [getattr(each.config.engine, "stage", 0) for each in front]
+        for stage in sorted(set(stages)):
+            chosen = [index for index, found in enumerate(stages) if found == stage]
+            axes.scatter(
+                [front[index].bill.hours for index in chosen], [paid(front[index].bill) for index in chosen],
+                s=[sizes[index] for index in chosen], color=COLOURS[stage], alpha=0.75, label=f"stage {stage}",
+                edgecolors="white", linewidths=0.7,
+            )  # fmt: skip
+        best = recommendation.best
+        axes.scatter([best.bill.hours], [paid(best.bill)], s=260, facecolors="none", edgecolors=INK, linewidths=1.6)
+        axes.annotate(
+            best.short, (best.bill.hours, paid(best.bill)), xytext=(14, -18), textcoords="offset points", fontsize=9,
+            color=INK, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}, zorder=5,
+        )  # fmt: skip
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+        axes.xaxis.set_minor_formatter(lambda value, _: "")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+        axes.set_xlabel("hours (a larger dot takes more memory)")
+        axes.set_ylabel("device hours" if free else "US dollars")
+        axes.margins(0.12)
+        axes.legend(fontsize=9, labelcolor=INK)
+
+    return _picture("What cannot be beaten in time, money and memory at once", LARGE, draw)
+
+
+def draw_timeline(timeline: simulate.Timeline) -> bytes:
+    """The last micro-batch of a step on one rank: its computing stream above, its network stream below."""
+    events = _last_micro_batch(timeline.events)
+    colours = {"forward": COLOURS[0], "backward": COLOURS[1], "gather": COLOURS[2], "reduce": COLOURS[3],
+               "optimizer": COLOURS[4]}  # fmt: skip
+
+    def kind(name: str) -> str:
+        return name.split()[0]
+
+    def draw(axes: Any) -> None:
+        lanes = {simulate.COMPUTE: 1.0, simulate.NETWORK: 0.0}
+        seen: set[str] = set()
+        for event in events:
+            name = kind(event.name)
+            axes.barh(
+                lanes[event.stream], event.end - event.start, left=event.start, height=0.72, edgecolor="white",
+                linewidth=0.4, color=colours.get(name, MUTED), label=None if name in seen else name,
+            )  # fmt: skip
+            seen.add(name)
+        shown = {event.stream for event in events}
+        axes.set_yticks([lanes[stream] for stream in lanes if stream in shown], [s for s in lanes if s in shown])
+        axes.set_xlabel(
+            f"seconds; the whole step is {_short(timeline.seconds)}, "
+            f"{_short(timeline.exposed)} of it waiting for the network"
+        )
+        axes.grid(visible=False, axis="y")
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=5, fontsize=9, labelcolor=INK)
+
+    return _picture("Timeline of one rank", (LARGE[0], 3.1), draw)
+
+
+def _last_micro_batch(events: list[simulate.Event]) -> list[simulate.Event]:
+    start = max((event.start for event in events if event.name == "forward 0"), default=0.0)
+    return sorted((event for event in events if event.end > start), key=lambda event: event.start)
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:,.3g} s" if seconds >= 0.1 else f"{1000 * seconds:,.3g} ms"
+
+
+# ---------------------------------------------------------------------------------------------------- page
+
+LARGE_ONES = ("memory", "front", "timeline")
+
+
+def render(subject: Subject, time: step_time.StepTime, pictures: dict[str, bytes]) -> str:
+    title = subject.title or "Plan"
+    about = (
+        f"{subject.sizes.total:,} parameters on {subject.ranks} x {subject.cluster.device.name} "
+        f"({subject.cluster.name}), {subject.config.train.precision}"
+    )
+    cards = [
+        ("Step", _short(time.seconds), f"{_short(time.low)} to {_short(time.high)}"),
+        ("Tokens per second", f"{time.tokens_per_second:,.0f}", ""),
+        ("MFU", f"{time.mfu:.1%}", f"HFU {time.hfu:.1%}"),
+    ]
+    if subject.tokens:
+        hours = money.hours_for(subject.tokens, time.tokens_per_second)
+        bill = money.bill(hours, subject.ranks, subject.cluster)
+        cards += [
+            ("Hours", f"{hours:,.4g}", f"{subject.tokens:.3g} tokens"),
+            ("US dollars", f"{bill.cost:,.0f}", f"{bill.device_hours:,.0f} device hours"),
+            ("Energy", f"{bill.energy_kwh:,.0f} kWh", f"{bill.kg_co2:,.0f} kg CO2"),
+        ]
+    boxes = "".join(
+        f'<div class="card"><span>{escape(name)}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>'
+        for name, value, note in cards
+    )
+    body = [f'<header><h1>{escape(title)}</h1><p>{escape(about)}</p></header><div class="cards">{boxes}</div>']
+    if subject.recommendation is not None:
+        body.append(_recommended(subject.recommendation))
+    if "memory" in pictures:
+        body.append(_image("memory", pictures["memory"]))
+    small = "".join(_image(name, png) for name, png in pictures.items() if name not in LARGE_ONES)
+    body.append(f'<div class="grid">{small}</div><p></p>')
+    body += [_image(name, pictures[name]) for name in LARGE_ONES[1:] if name in pictures]
+    if time.notes:
+        body.append("<h2>How sure</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in time.notes) + "</ul>")
+    body.append(f"<footer>bigtrain {__version__}</footer>")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)} · bigtrain</title><style>{CSS}</style></head><body><main>"
+        f"{''.join(body)}</main></body></html>\n"
+    )
+
+
+def _recommended(found: Recommendation) -> str:
+    rows = [
+        (f"Best for {found.goal}", found.best.short),
+        ("What binds", found.binds),
+        ("Next", found.next_change),
+        ("Override", found.best.line),
+    ]
+    cells = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(text)}</td></tr>' for name, text in rows if text
+    )
+    return f'<div class="scroll"><table><tbody>{cells}</tbody></table></div><p></p>'
+
+
+def _image(name: str, png: bytes) -> str:
+    data = base64.b64encode(png).decode()
+    return f'<figure><img id="{name}" alt="{escape(name)}" src="data:image/png;base64,{data}"></figure>'

@@ -1,0 +1,83 @@
+"""Before ranks start: can this run fit into the machine at all? What cannot is refused in one line, with what would.
+
+Only what is certain counts: an estimate that leaves out what it does not know, and the whole memory of the machine.
+A run that fits is never refused.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from bigtrain import hardware
+from bigtrain.config import LABELLED_TASKS, Config, DeepSpeedConfig, HuggingFaceConfig
+from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.files import write_atomic
+from bigtrain.hardware import Placement
+from bigtrain.plan import clusters, memory, planner, sizes, table
+from bigtrain.plan.result import GIB
+
+FILE = "plan.json"  # in the run directory
+CERTAIN = 0.95  # of an estimate that is held to real runs within 3 %
+ON_A_GPU = 0.9  # where it is not
+
+
+def check(config: Config, placement: Placement) -> None:
+    """Raises BigtrainError for a run that cannot fit into this machine, unless launch.preflight=false."""
+    least = least_gib(config, placement) if config.launch.preflight else None
+    if least is None:
+        return
+    if placement.device == "cuda":
+        there = min(gpu.memory_gib for gpu in placement.gpus)
+        needed, where = least, "each GPU has"
+    else:
+        there = (hardware.memory_bytes() + psutil.swap_memory().total) / GIB
+        needed, where = least * placement.ranks, "this machine has"
+    if needed <= there:
+        return
+    cluster = clusters.here(config.launch)
+    found = planner.nearest_fit(config, cluster)
+    way_out = "take a smaller model, shorter sequences or a larger machine"
+    if found is not None:
+        way_out = f"what fits: {' '.join(found[0])} ({table.size(found[1].memory['peak'])})"
+    raise BigtrainError(
+        f"the run needs at least {table.size(least)} on each of {placement.ranks} ranks, {where} {table.size(there)}"
+        f" (bigtrain plan shows what for); {way_out}; launch.preflight=false starts it all the same"
+    )
+
+
+def least_gib(config: Config, placement: Placement) -> float | None:
+    """What one rank certainly needs of the memory it computes in; None where that is not known."""
+    engine = config.engine
+    if isinstance(config.model, HuggingFaceConfig) or not isinstance(engine, DeepSpeedConfig) or engine.deepspeed:
+        return None
+    config = sizes.with_vocabulary(config)
+    found = memory.estimate(config, placement.ranks, sizes.of_run(config), placement.device)
+    train = config.train
+    shorter = isinstance(config.task, LABELLED_TASKS)  # examples may be shorter than the longest that is allowed
+    if shorter or train.compile or train.lora.rank or found.assumptions:
+        certain = sum(found.states.values())
+    else:
+        certain = found.peak.total
+    return certain * (CERTAIN if placement.device == "cpu" else ON_A_GPU) / GIB
+
+
+def write(config: Config, run_dir: Path) -> None:
+    """Leave the plan of a run in its directory, for result.json and the report; nothing for what has no closed form."""
+    try:
+        plan = planner.make(config, clusters.here(config.launch))
+    except ConfigError:
+        return
+    write_atomic(run_dir / FILE, plan.to_json() + "\n")
+
+
+def predicted(run_dir: Path) -> dict[str, Any]:
+    """What result.json says beside the measured numbers: `plan/peak_memory_gib` and `plan/step_seconds`."""
+    try:
+        plan = json.loads((run_dir / FILE).read_text(encoding="utf-8"))
+        return {"plan/peak_memory_gib": plan["memory"]["peak"], "plan/step_seconds": plan["step_seconds"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

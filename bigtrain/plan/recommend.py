@@ -1,0 +1,516 @@
+"""Which settings to train a model with on a cluster, and what a budget buys.
+
+`search` tries every sensible combination of world size, ZeRO stage, offload, activation checkpointing and micro-batch
+with the global batch held (it is part of what is learned, not of how it is run), throws away what does not fit, and
+names the best, the Pareto front, what binds and what would help next. `largest_model`, `buy` and `tokens_to_loss`
+answer backwards.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from bigtrain import checks
+from bigtrain.config import Config, DecoderConfig, DeepSpeedConfig, accumulation_steps, micro_batch
+from bigtrain.errors import ConfigError
+from bigtrain.plan import flops, memory, money, step_time
+from bigtrain.plan import sizes as parameter_sizes
+from bigtrain.plan.clusters import Cluster
+from bigtrain.plan.planner import LIBRARIES_GIB
+from bigtrain.plan.result import GIB
+from bigtrain.plan.sizes import Sizes
+
+Goal = Literal["time", "cost", "memory"]
+GOALS: tuple[Goal, ...] = ("time", "cost", "memory")
+Where = Literal["none", "cpu", "nvme"]
+
+
+@dataclass(frozen=True)
+class Room:
+    """What one rank needs, and how that compares with what there is."""
+
+    parts: dict[str, float]  # part -> GiB on the device at its fullest moment, and `peak`, their sum
+    shares: dict[str, float]  # device memory, host memory, disk -> needed / there
+
+    @property
+    def fits(self) -> bool:
+        return max(self.shares.values()) <= 1
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run the training."""
+
+    config: Config
+    cluster: Cluster  # with as many devices as `ranks`
+    ranks: int
+    room: Room
+    time: step_time.StepTime
+    bill: money.Bill  # for all tokens
+
+    @property
+    def peak_gib(self) -> float:
+        return self.room.parts["peak"]
+
+    @property
+    def overrides(self) -> dict[str, Any]:
+        """Dotted key -> value: what `train` must be told, beside what names the model and the data."""
+        engine, train = self.config.engine, self.config.train
+        assert isinstance(engine, DeepSpeedConfig)
+        return {
+            "engine.stage": engine.stage,
+            "engine.offload_optimizer": engine.offload_optimizer,
+            "engine.offload_parameters": engine.offload_parameters,
+            "train.global_batch": train.global_batch,
+            "train.micro_batch": micro_batch(self.config, self.ranks),
+            "train.activation_checkpointing": train.activation_checkpointing,
+            "train.steps": train.steps,
+            "launch.ranks": min(self.ranks, self.cluster.devices_per_node),
+        }
+
+    @property
+    def line(self) -> str:
+        """The overrides as `train` takes them on its command line."""
+        return " ".join(f"{key}={_plain(value)}" for key, value in self.overrides.items())
+
+    @property
+    def yaml(self) -> str:
+        """The overrides as a file for conf/experiment."""
+        sections: dict[str, dict[str, Any]] = {}
+        for key, value in self.overrides.items():
+            section, _, name = key.partition(".")
+            sections.setdefault(section, {})[name] = value
+        return "# @package _global_\n" + yaml.safe_dump(sections, sort_keys=False)
+
+    @property
+    def short(self) -> str:
+        engine = self.config.engine
+        assert isinstance(engine, DeepSpeedConfig)
+        offload = [
+            what
+            for what, where in (("optimizer", engine.offload_optimizer), ("parameters", engine.offload_parameters))
+            if where != "none"
+        ]
+        return ", ".join(
+            [
+                f"{self.ranks} devices",
+                f"stage {engine.stage}",
+                *([f"{' and '.join(offload)} offloaded"] if offload else []),
+                *(["activation checkpointing"] if self.config.train.activation_checkpointing else []),
+                f"micro-batch {micro_batch(self.config, self.ranks)} x {accumulation_steps(self.config, self.ranks)}",
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    goal: Goal
+    best: Candidate
+    front: list[Candidate]  # Pareto: none is better in hours, cost and memory at once; by hours
+    tried: int
+    fitting: int
+    binds: str
+    next_change: str
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def room(config: Config, cluster: Cluster, ranks: int, sizes: Sizes) -> Room:
+    """What `config` (with its vocabulary set) needs of a node and of its devices, by the memory model."""
+    device, per_node = cluster.device, min(ranks, cluster.devices_per_node)
+    found = memory.estimate(config, ranks, sizes, "cpu" if device.is_cpu else "cuda")
+    parts = memory.needed(found, device)
+    if device.is_cpu:
+        host = per_node * parts["peak"]
+    else:
+        host = per_node * (LIBRARIES_GIB + max(found.host, found.host_building) / GIB)
+    shares = {
+        "device memory": parts["peak"] / device.memory_gib,
+        "host memory": host / cluster.host_memory_gib,
+        "disk": per_node * found.disk / GIB / cluster.disk_gib,
+    }
+    return Room(parts, shares)
+
+
+def search(config: Config, cluster: Cluster, goal: Goal, tokens: float) -> Recommendation:
+    """The best way to train `config`'s model on `tokens` tokens with up to all devices of `cluster`.
+
+    goal: least time, least money, or least memory of a rank. Raises ConfigError for an unknown goal, for no tokens,
+    and where nothing fits (naming what comes closest).
+    """
+    if goal not in GOALS:
+        raise ConfigError("goal", goal, "unknown", f"one of {', '.join(GOALS)}")
+    if not tokens > 0:
+        raise ConfigError("tokens", tokens, "must be above 0", "the number of tokens to train on, 140e9 for example")
+    sizes = parameter_sizes.of_run(config)
+    fitting, tried = [], 0
+    closest: tuple[float, str] | None = None
+    for ranks in world_sizes(cluster):
+        here = cluster.resized(ranks)
+        for candidate in _ways(config, here, ranks):
+            tried += 1
+            needed = room(candidate, here, ranks, sizes)
+            if needed.fits:
+                fitting.append(_made(candidate, here, ranks, needed, tokens, sizes))
+            elif closest is None or max(needed.shares.values()) < closest[0]:
+                short, share = max(needed.shares.items(), key=lambda item: item[1])
+                closest = (share, f"{share:.0%} of the {short} on {ranks} device{'s' * (ranks > 1)}")
+    if not fitting:
+        if closest is None:
+            raise ConfigError(
+                "train.global_batch", config.train.global_batch, "cannot be shared out among any number of devices"
+            )
+        raise ConfigError(
+            "cluster", cluster.name, f"nothing fits: the least is {closest[1]}",
+            "take more devices, a smaller model or shorter sequences",
+        )  # fmt: skip
+    best = min(fitting, key=_order(goal))
+    front = pareto(fitting)
+    change = _next_change(config, cluster, best, goal, tokens, sizes)
+    return Recommendation(goal, best, front, tried, len(fitting), _binds(best), change)
+
+
+def _order(goal: Goal) -> Callable[[Candidate], tuple[float, ...]]:
+    """Ties go to the simpler way: fewer devices, a lower stage, no offload."""
+
+    def simplicity(candidate: Candidate) -> tuple[float, ...]:
+        engine = candidate.config.engine
+        assert isinstance(engine, DeepSpeedConfig)
+        return (candidate.ranks, engine.stage, engine.offload_optimizer != "none")
+
+    def key(candidate: Candidate) -> tuple[float, ...]:
+        hours, cost, gib = candidate.bill.hours, candidate.bill.device_hours, candidate.peak_gib
+        first = {"time": (hours, cost), "cost": (cost, hours), "memory": (gib, hours)}[goal]
+        return tuple(round(value, 6) for value in first) + simplicity(candidate)
+
+    return key
+
+
+def world_sizes(cluster: Cluster) -> list[int]:
+    """1, 2, 4 ... devices of a node, then 1, 2, 4 ... nodes, and all of them."""
+    within = [2**power for power in range(cluster.devices_per_node.bit_length())]
+    found = {size for size in within if size <= cluster.devices_per_node}
+    nodes = 1
+    while nodes <= cluster.nodes:
+        found.add(nodes * cluster.devices_per_node)
+        nodes *= 2
+    return sorted(found | {cluster.devices})
+
+
+def _ways(config: Config, cluster: Cluster, ranks: int) -> Iterator[Config]:
+    """Every combination on `ranks` devices that `train` takes."""
+    engine = config.engine if isinstance(config.engine, DeepSpeedConfig) else DeepSpeedConfig()
+    if config.train.global_batch % ranks:
+        return
+    share = config.train.global_batch // ranks
+    batches = [size for size in _powers(share) if share % size == 0]
+    offloads: list[tuple[Where, Where]] = [("none", "none"), ("cpu", "none"), ("cpu", "cpu")]
+    if engine.nvme_path:
+        offloads += [("nvme", "none"), ("nvme", "cpu"), ("nvme", "nvme")]
+    for stage in (0, 1, 2, 3) if ranks > 1 else (0, 2, 3):
+        for optimizer, parameters in offloads:
+            if cluster.device.is_cpu and optimizer == "cpu":
+                continue  # the device's memory is the host's
+            for checkpointing in (False, True):
+                for batch in batches:
+                    candidate = replace(
+                        config,
+                        engine=replace(engine, stage=stage, offload_optimizer=optimizer, offload_parameters=parameters),
+                        train=replace(config.train, micro_batch=batch, activation_checkpointing=checkpointing),
+                    )
+                    try:
+                        checks.check(candidate)
+                    except ConfigError:
+                        break  # of stage, offload and optimizer: no batch size changes it
+                    yield candidate
+
+
+def _powers(most: int) -> list[int]:
+    return sorted({2**power for power in range(most.bit_length())} | {most})
+
+
+def _made(config: Config, cluster: Cluster, ranks: int, needed: Room, tokens: float, sizes: Sizes) -> Candidate:
+    time = step_time.estimate(config, cluster, ranks, sizes)
+    steps = max(1, math.ceil(tokens / time.tokens))
+    config = replace(config, train=replace(config.train, steps=steps))
+    return Candidate(config, cluster, ranks, needed, time, money.bill(steps * time.seconds / 3600, ranks, cluster))
+
+
+def pareto(candidates: list[Candidate]) -> list[Candidate]:
+    """Those that no other is at least as good as in hours, device hours and memory, and better in one; by hours."""
+    front: list[Candidate] = []
+    best: list[tuple[float, float]] = []  # device hours, memory of those that are faster
+    for candidate in sorted(candidates, key=lambda each: (each.bill.hours, each.bill.device_hours, each.peak_gib)):
+        paid, gib = candidate.bill.device_hours, candidate.peak_gib
+        if any(other_paid <= paid * (1 + 1e-9) and other_gib <= gib * (1 + 1e-9) for other_paid, other_gib in best):
+            continue
+        best.append((paid, gib))
+        front.append(candidate)
+    return front
+
+
+def _binds(best: Candidate) -> str:
+    """What keeps the best way from being better."""
+    total = best.time.seconds
+    shares = {name: seconds / total for name, seconds in best.time.parts.items()}
+    full = best.peak_gib / best.cluster.device.memory_gib
+    memory = f"device memory is {full:.0%} full"
+    if shares["offload"] > 0.2:
+        return f"offload: {shares['offload']:.0%} of a step; {memory}"
+    if shares["communication"] > 0.2:
+        return f"communication: {shares['communication']:.0%} of a step; {memory}"
+    if full > 0.85:
+        return f"{memory}: it keeps the micro-batch from growing"
+    if shares["recompute"] > 0.1:
+        return f"recomputing activations: {shares['recompute']:.0%} of a step; {memory}"
+    return f"arithmetic: {shares['forward'] + shares['backward']:.0%} of a step; {memory}"
+
+
+def _next_change(config: Config, cluster: Cluster, best: Candidate, goal: Goal, tokens: float, sizes: Sizes) -> str:
+    """The smallest step beyond the cluster that helps: one more node (or device) up to twice as many."""
+    unit = cluster.devices_per_node if cluster.nodes > 1 or _whole_node(cluster) else 1
+    for more in (unit, cluster.devices):
+        devices = cluster.devices + more
+        try:
+            larger = cluster.resized(devices) if unit > 1 else replace(cluster, devices_per_node=devices)
+        except ConfigError:
+            continue
+        ways = []
+        for candidate in _ways(config, larger, devices):
+            needed = room(candidate, larger, devices, sizes)
+            if needed.fits:
+                ways.append(_made(candidate, larger, devices, needed, tokens, sizes))
+        if not ways:
+            continue
+        found = min(ways, key=_order(goal))
+        faster = best.bill.hours / found.bill.hours
+        if faster < 1.02 and found.peak_gib > 0.98 * best.peak_gib:
+            continue
+        paid = found.bill.device_hours / best.bill.device_hours
+        notes = [f"{faster:.2f}x as fast at {paid:.2f}x the device hours"]
+        before, after = accumulation_steps(best.config, best.ranks), accumulation_steps(found.config, found.ranks)
+        if after < before:
+            notes.append("removes accumulation" if after == 1 else f"accumulation {before} -> {after}")
+        if best.config.train.activation_checkpointing and not found.config.train.activation_checkpointing:
+            notes.append("removes activation checkpointing")
+        if best.overrides["engine.offload_optimizer"] != "none" == found.overrides["engine.offload_optimizer"]:
+            notes.append("removes offload")
+        return f"{devices} devices instead of {cluster.devices}: {', '.join(notes)} ({found.short})"
+    return f"up to {2 * cluster.devices} devices, more do not help while train.global_batch={config.train.global_batch}"
+
+
+def _whole_node(cluster: Cluster) -> bool:
+    return cluster.devices_per_node >= 8
+
+
+# ------------------------------------------------------------------------------------------------- backwards
+
+
+def shaped_like(config: Config, dim: int) -> Config:
+    """The same architecture at another width: head size, aspect ratio (layers / dim) and feed-forward ratio are kept.
+
+    Raises ConfigError for what is no decoder.
+    """
+    model = config.model
+    if not isinstance(model, DecoderConfig):
+        raise ConfigError("model.kind", model.kind, "only decoders are scaled")
+    head_dim = model.dim // model.n_heads
+    heads = max(1, round(dim / head_dim))
+    groups = model.n_heads // (model.n_kv_heads or model.n_heads)
+    if groups > 1:
+        heads = max(groups, heads // groups * groups)
+    wide = heads * head_dim
+    ratio = (model.ffn_dim or 4 * model.dim) / model.dim
+    scaled = replace(
+        model,
+        dim=wide,
+        n_heads=heads,
+        n_kv_heads=heads // groups if groups > 1 else None,
+        n_layers=max(1, round(model.n_layers * wide / model.dim)),
+        ffn_dim=None if model.ffn_dim is None else max(64, round(ratio * wide / 64) * 64),
+    )
+    return replace(config, model=scaled)
+
+
+def _parameters(config: Config) -> int:
+    return parameter_sizes.of_model(flops.our_model(config.model)).total
+
+
+def shaped_for(config: Config, parameters: float) -> Config:
+    """The architecture at the width whose parameter count is nearest."""
+    head_dim = flops.our_model(config.model).dim // flops.our_model(config.model).n_heads
+    low, high = 1, 2
+    while _parameters(shaped_like(config, high * head_dim)) < parameters and high < 4096:
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _parameters(shaped_like(config, middle * head_dim)) < parameters:
+            low = middle
+        else:
+            high = middle
+    ways = [shaped_like(config, heads * head_dim) for heads in (low, high)]
+    return min(ways, key=lambda each: abs(math.log(_parameters(each) / parameters)))
+
+
+def largest_model(config: Config, cluster: Cluster) -> Candidate:
+    """The widest model of the config's family that some way fits into all of the cluster's devices.
+
+    Raises ConfigError if not even the narrowest does.
+    """
+    head_dim = flops.our_model(config.model).dim // flops.our_model(config.model).n_heads
+    ranks = cluster.devices
+
+    def fits(heads: int) -> Candidate | None:
+        shaped = shaped_like(config, heads * head_dim)
+        sizes = parameter_sizes.of_run(shaped)
+        for way in _ways(shaped, cluster, ranks):
+            engine = way.engine
+            assert isinstance(engine, DeepSpeedConfig)
+            saves = engine.stage == 3 and way.train.activation_checkpointing and way.train.micro_batch == 1
+            if saves and (needed := room(way, cluster, ranks, sizes)).fits:
+                return _made(way, cluster, ranks, needed, 1.0, sizes)
+        return None
+
+    best, low, high = fits(1), 1, 2
+    if best is None:
+        raise ConfigError("cluster", cluster.name, "not even the narrowest model of this shape fits")
+    while (found := fits(high)) is not None and high < 4096:
+        best, low, high = found, high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = fits(middle)
+        if found is None:
+            high = middle
+        else:
+            best, low = found, middle
+    return best
+
+
+@dataclass(frozen=True)
+class Law:
+    """loss = E + A / N^a + B / D^b: N parameters, D tokens (Chinchilla, arXiv 2203.15556, equation 2)."""
+
+    E: float
+    A: float
+    a: float
+    B: float
+    b: float
+
+    def loss(self, parameters: float, tokens: float) -> float:
+        """Nats per token."""
+        return self.E + self.A / parameters**self.a + self.B / tokens**self.b
+
+
+# Approach 3 as Epoch AI corrected it (arXiv 2404.10102, section 3). Standard error of both exponents: 0.02.
+CHINCHILLA = Law(E=1.8172, A=482.01, a=0.3478, B=2085.43, b=0.3658)
+EXPONENT_ERROR = 0.02
+FITTED_FLOPS = 1e20  # the middle of the runs that the law was fitted on: 6e18 to 3e21
+
+
+@dataclass(frozen=True)
+class Optimum:
+    """How to spend a budget of operations, each with the interval of one standard error."""
+
+    flops: float
+    parameters: float
+    parameters_interval: tuple[float, float]
+    tokens: float
+    tokens_interval: tuple[float, float]
+    loss: float
+
+
+def compute_optimal(budget_flops: float, law: Law = CHINCHILLA) -> Optimum:
+    """The size and tokens with the least loss for C = 6 N D operations (arXiv 2203.15556, section 3.3 and equation 4).
+
+    The interval takes the law as exact in the middle of the runs that it was fitted on, and lets the exponent of the
+    optimal size be off by its standard error from there: the further away, the wider. Raises ConfigError for no budget.
+    """
+    if not budget_flops > 0:
+        raise ConfigError("budget", budget_flops, "must be above 0")
+    factor = (law.a * law.A / (law.b * law.B)) ** (1 / (law.a + law.b))
+    power = law.b / (law.a + law.b)
+    parameters = factor * (budget_flops / 6) ** power
+    tokens = budget_flops / 6 / parameters
+    error = EXPONENT_ERROR * math.hypot(law.a, law.b) / (law.a + law.b) ** 2
+    spread = max(budget_flops / FITTED_FLOPS, FITTED_FLOPS / budget_flops) ** error
+    return Optimum(
+        budget_flops, parameters, (parameters / spread, parameters * spread), tokens,
+        (tokens / spread, tokens * spread), law.loss(parameters, tokens),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Purchase:
+    """What a budget is best spent on."""
+
+    optimum: Optimum
+    config: Config  # the architecture at the width that comes nearest
+    parameters: int
+    hours: float
+    cost: float
+    time: step_time.StepTime
+
+
+def hours_for_dollars(dollars: float, cluster: Cluster) -> float:
+    """Of all of the cluster's devices. Raises ConfigError for no money, and for a cluster without a price."""
+    if not dollars > 0:
+        raise ConfigError("budget", dollars, "must be above 0", "US dollars")
+    if not cluster.price_per_device_hour:
+        raise ConfigError("cluster", cluster.name, "has no price", "set price_per_device_hour in its file")
+    return dollars / (cluster.price_per_device_hour * cluster.devices)
+
+
+def buy(config: Config, cluster: Cluster, hours: float, law: Law = CHINCHILLA) -> Purchase:
+    """The compute-optimal model of the config's family, and its tokens, for so many hours of all of the cluster.
+
+    The budget in operations is what the cluster does at the utilisation of a step of that very model, so that the two
+    are found together. Raises ConfigError for no hours and for what is no decoder.
+    """
+    if not hours > 0:
+        raise ConfigError("hours", hours, "must be above 0")
+    ranks, shaped = cluster.devices, config
+    for _ in range(6):
+        sizes = parameter_sizes.of_run(shaped)
+        time = step_time.estimate(shaped, cluster, ranks, sizes)
+        optimum = compute_optimal(time.model_flops / time.seconds * hours * 3600, law)
+        shaped = shaped_for(config, optimum.parameters)
+    sizes = parameter_sizes.of_run(shaped)
+    time = step_time.estimate(shaped, cluster, ranks, sizes)
+    return Purchase(optimum, shaped, sizes.total, hours, money.bill(hours, ranks, cluster).cost, time)
+
+
+def read_law(path: Path) -> Law:
+    """A fitted ladder: JSON with E, A, a, B and b, which `bigtrain report --ladder` writes. Raises ConfigError."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        law = Law(**{name: float(found[name]) for name in ("E", "A", "a", "B", "b")})
+    except OSError as error:
+        raise ConfigError("ladder", str(path), f"cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError("ladder", str(path), "holds no fitted E, A, a, B and b") from None
+    if min(law.A, law.a, law.B, law.b) <= 0:
+        raise ConfigError("ladder", str(path), "A, a, B and b must be above 0")
+    return law
+
+
+def tokens_to_loss(target_loss: float, parameters: float, law: Law) -> float:
+    """Tokens until a model of that size reaches the loss (nats per token): D = (B / (L - E - A / N^a))^(1 / b).
+
+    Raises ConfigError for a loss that it never reaches.
+    """
+    left = target_loss - law.E - law.A / parameters**law.a
+    if left <= 0:
+        floor = law.E + law.A / parameters**law.a
+        smallest = (law.A / (target_loss - law.E)) ** (1 / law.a) if target_loss > law.E else math.inf
+        way_out = f"take more than {smallest:.3g} parameters" if math.isfinite(smallest) else "no model reaches it"
+        raise ConfigError("target_loss", target_loss, f"this size ends at {floor:.3f} whatever the data", way_out)
+    return (law.B / left) ** (1 / law.b)

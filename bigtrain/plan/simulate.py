@@ -1,0 +1,344 @@
+"""A step on thousands of ranks, event by event, and a run of days with its failures.
+
+Ranks that do the same thing at the same time are one: under data parallelism all ranks are, so that one rank's two
+streams (computing, and communicating) are simulated, and the others come in as the slowest of N: how long a collective
+waits for its last rank is drawn from the distribution of a maximum. 16,384 ranks cost what one costs.
+
+A layer's weights are gathered before it runs, as far ahead as the prefetch bucket reaches; its gradients are reduced
+after its backward pass. Streams run in order, and what needs something waits for it: DeepSpeed's ZeRO-3 in outline
+(arXiv 1910.02054, section 7.2.2; runtime/zero/partitioned_param_coordinator.py).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from bigtrain.config import Config, DeepSpeedConfig
+from bigtrain.errors import ConfigError
+from bigtrain.plan import communication, money, step_time
+from bigtrain.plan.clusters import Cluster
+from bigtrain.plan.efficiency import of
+from bigtrain.plan.sizes import Sizes
+
+COMPUTE, NETWORK = "compute", "network"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something that a stream does for `seconds` once everything in `after` is done."""
+
+    name: str
+    stream: str
+    seconds: float
+    after: tuple[int, ...] = ()
+    collective: bool = False  # all ranks must have come to it
+
+
+@dataclass(frozen=True)
+class Event:
+    name: str
+    stream: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What one rank does in one step."""
+
+    events: list[Event]
+    seconds: float
+    busy: dict[str, float]  # stream -> seconds
+    exposed: float  # seconds in which the rank only waits for the network
+    stragglers: float  # seconds that waiting for the slowest rank adds
+
+
+def run(tasks: list[Task], wait: Callable[[], float] = lambda: 0.0) -> Timeline:
+    """Run the tasks: each stream takes its own in order, the earliest that can start goes first.
+
+    wait: seconds by which the last rank comes later to a collective than this one. A discrete-event simulation: time
+    jumps from one end of a task to the next.
+    """
+    queues: dict[str, list[int]] = {}
+    for index, task in enumerate(tasks):
+        queues.setdefault(task.stream, []).append(index)
+    position = dict.fromkeys(queues, 0)
+    free = dict.fromkeys(queues, 0.0)
+    ends: dict[int, float] = {}
+    events: list[Event] = []
+    waited = 0.0
+    ends_queue: list[tuple[float, int]] = []
+    busy_streams: set[str] = set()
+
+    def start_what_can(now: float) -> None:
+        nonlocal waited
+        for stream, queue in queues.items():
+            if stream in busy_streams or position[stream] >= len(queue):
+                continue
+            index = queue[position[stream]]
+            task = tasks[index]
+            if any(needed not in ends for needed in task.after):
+                continue
+            late = wait() if task.collective else 0.0
+            waited += late
+            begin = max(now, free[stream])
+            events.append(Event(task.name, stream, begin, begin + late + task.seconds))
+            heapq.heappush(ends_queue, (begin + late + task.seconds, index))
+            busy_streams.add(stream)
+            position[stream] += 1
+
+    start_what_can(0.0)
+    now = 0.0
+    while ends_queue:
+        now, index = heapq.heappop(ends_queue)
+        finished = [index]
+        while ends_queue and ends_queue[0][0] <= now:
+            finished.append(heapq.heappop(ends_queue)[1])
+        for each in finished:
+            ends[each] = now
+            free[tasks[each].stream] = now
+            busy_streams.discard(tasks[each].stream)
+        start_what_can(now)
+    if len(ends) != len(tasks):
+        raise ValueError("tasks wait for one another in a circle")
+    busy = {stream: sum(event.end - event.start for event in events if event.stream == stream) for stream in queues}
+    return Timeline(events, now, busy, now - busy.get(COMPUTE, 0.0), waited)
+
+
+# ------------------------------------------------------------------------------------------------- one step
+
+
+def slowest(ranks: int, deviation: float, random: np.random.Generator) -> float:
+    """How far above the mean the slowest of `ranks` is, in units of one: each rank's time is normal with `deviation`.
+
+    The maximum of N normal variables follows Gumbel's law with location and scale from the normal quantiles of
+    1 - 1/N and 1 - 1/(N e) (Fisher and Tippett 1928); one draw, whatever N.
+    """
+    if ranks < 2 or deviation <= 0:
+        return 0.0
+    from statistics import NormalDist
+
+    normal = NormalDist()
+    location = normal.inv_cdf(1 - 1 / ranks) if ranks > 2 else 0.56
+    scale = normal.inv_cdf(1 - 1 / (ranks * math.e)) - location
+    return max(0.0, deviation * (location + scale * float(random.gumbel())))
+
+
+def step(config: Config, cluster: Cluster, ranks: int, sizes: Sizes, jitter: float = 0.0, seed: int = 0) -> Timeline:
+    """One optimizer step of ZeRO on `ranks` devices.
+
+    jitter: standard deviation of a rank's time in a layer, as a fraction (0.01 to 0.05 on shared machines); it makes
+    every collective wait for the slowest of all ranks.
+    """
+    tasks, layer_seconds = _tasks(config, cluster, ranks, sizes)
+    random = np.random.default_rng(seed)
+    return run(tasks, lambda: layer_seconds * slowest(ranks, jitter, random))
+
+
+def _tasks(config: Config, cluster: Cluster, ranks: int, sizes: Sizes) -> tuple[list[Task], float]:
+    """A step as tasks, and the mean seconds of a layer."""
+    gathers = step_time.gathers_layers(config)
+    efficiency = of(cluster.device)
+    if not gathers:
+        efficiency = replace(efficiency, layer_seconds=efficiency.layer_seconds / 3)
+    ideal = step_time.ideal(config, cluster, ranks, sizes.total, sizes.trained)
+    parts, _ = step_time.combine(ideal, efficiency, overlap=True)
+    layers, times = ideal.layers, ideal.accumulation
+    overlap = step_time.overlapped(config, cluster)
+    forward, backward, again = (parts[name] / times / layers for name in ("forward", "backward", "recompute"))
+    sent = communication.collectives(config, ranks, sizes.total, sizes.trained, layers)
+    per_layer = {each.name: communication.seconds(each, cluster, ranks) / each.times / layers for each in sent}
+    every_batch = {each.name: each.times > 1 or times == 1 for each in sent}
+    network = NETWORK if overlap else COMPUTE
+    ahead = _prefetched(config, sizes.total, layers) if overlap else 1
+    tasks: list[Task] = []
+
+    def add(name: str, stream: str, seconds: float, *after: int | None, collective: bool = False) -> int:
+        tasks.append(Task(name, stream, seconds, tuple(each for each in after if each is not None), collective))
+        return len(tasks) - 1
+
+    reduced: list[int] = []
+
+    def through(name: str, layer_order: range, seconds: float, before: int | None, reduce: bool) -> int | None:
+        """One pass through the layers; its last task."""
+        sequence, gathered = list(layer_order), per_layer.get(f"parameters, {name}")
+        gather: dict[int, int] = {}
+        done: list[int] = []
+        # The streams share one device: computing slows down beside a collective.
+        beside = (gathered or 0.0) + (per_layer["gradients"] if reduce else 0.0)
+        busy = seconds + (efficiency.exposed * min(beside, seconds) if overlap else 0.0)
+
+        def ask(place: int) -> None:
+            """Gather the weights of the layer at `place`, once those `ahead` places before it are used up."""
+            if gathered is not None and place < layers:
+                free = done[place - ahead] if place >= ahead else before
+                gather[place] = add(f"gather {sequence[place]}", network, gathered, free, collective=True)
+
+        for place in range(ahead):
+            ask(place)
+        for place, layer in enumerate(sequence):
+            previous = done[-1] if done else before
+            done.append(add(f"{name} {layer}", COMPUTE, busy, previous, gather.get(place)))
+            ask(place + ahead)
+            if reduce:
+                reduced.append(add(f"reduce {layer}", network, per_layer["gradients"], done[-1], collective=True))
+        return done[-1]
+
+    last: int | None = None
+    for batch in range(times):
+        last = through("forward", range(layers), forward, last, False)
+        reduces = "gradients" in per_layer and (every_batch["gradients"] or batch == times - 1)
+        last = through("backward", range(layers - 1, -1, -1), backward + again, last, reduces)
+    update = add("optimizer", COMPUTE, parts["optimizer"] + parts["offload"], last, *reduced[-1:])
+    if "parameters" in per_layer:
+        add("gather all", network, per_layer["parameters"] * layers, update, collective=True)
+    return tasks, (forward + backward + again) / 2
+
+
+def _prefetched(config: Config, parameters: int, layers: int) -> int:
+    """Layers whose weights may be gathered at once: as many as the prefetch bucket has room for, and the next one."""
+    engine = config.engine
+    if not isinstance(engine, DeepSpeedConfig):
+        return 2  # FSDP gathers one ahead
+    element = 4 if config.train.precision == "fp32" else 2
+    return 1 + max(1, int(engine.bucket_mib * 2**20 / element / (parameters / layers)))
+
+
+def scaling(
+    config: Config,
+    cluster: Cluster,
+    planned: int,
+    sizes: Sizes,
+    counts: list[int],
+    jitter: float = 0.0,
+    seed: int = 0,
+) -> list[tuple[int, float, float]]:
+    """(ranks, tokens per second, fraction of linear scaling from the first), each rank with the work that it has on
+    `planned` ranks: weak scaling."""
+    found: list[tuple[int, float, float]] = []
+    share = config.train.global_batch // planned
+    for ranks in counts:
+        same = replace(config, train=replace(config.train, global_batch=share * ranks))
+        here = cluster.resized(ranks)
+        seconds = step(same, here, ranks, sizes, jitter, seed).seconds
+        tokens = step_time.estimate(same, here, ranks, sizes).tokens / seconds
+        base = found[0][1] / found[0][0] if found else tokens / ranks
+        found.append((ranks, tokens, tokens / ranks / base))
+    return found
+
+
+# ------------------------------------------------------------------------------------------- days and failures
+
+
+YEAR = 365.25 * 86400.0
+# Of one device with its share of the node: Llama 3 saw 419 unexpected interruptions of 16,384 H100s in 54 days
+# (arXiv 2407.21783, section 3.3.4).
+FAILURE_YEARS = 5.8
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """Of a run with failures: what part of the time became steps that counted."""
+
+    fraction: float
+    failures: int
+    hours: float
+    lost_hours: float  # steps done again
+    checkpoint_hours: float
+    restart_hours: float
+    interval_seconds: float  # between checkpoints
+    timeline: list[tuple[float, str]] = field(default_factory=list)  # hour, what
+
+
+def best_interval(checkpoint_seconds: float, mean_seconds_between_failures: float) -> float:
+    """Seconds between checkpoints that lose least: Daly's higher-order estimate (2006, eq. 37), to first order Young's
+    sqrt(2 C M) (1974)."""
+    cost, between = checkpoint_seconds, mean_seconds_between_failures
+    if cost >= 2 * between:
+        return between
+    ratio = cost / (2 * between)
+    return math.sqrt(2 * cost * between) * (1 + math.sqrt(ratio) / 3 + ratio / 9) - cost
+
+
+def goodput(
+    hours: float,
+    devices: int,
+    step_seconds: float,
+    checkpoint_seconds: float,
+    device_failure_years: float = FAILURE_YEARS,
+    interval_seconds: float | None = None,
+    restart_seconds: float = 300.0,
+    seed: int = 0,
+) -> Goodput:
+    """Simulate a run that needs `hours` of steps, failure by failure.
+
+    device_failure_years: mean time between failures of one device with its share of the node.
+    checkpoint_seconds: that training waits for each. Raises ConfigError for a run that never gets ahead.
+    """
+    if hours <= 0 or step_seconds <= 0:
+        raise ConfigError("hours", hours, "a run of no length has no goodput")
+    between = device_failure_years * YEAR / devices
+    interval = interval_seconds or best_interval(max(checkpoint_seconds, 1e-3), between)
+    interval = max(step_seconds, interval - interval % step_seconds)  # at the end of a step
+    random = np.random.default_rng(seed)
+    goal, clock, done, saved = hours * 3600, 0.0, 0.0, 0.0
+    lost = checkpoints = restarts = 0.0
+    failures, marks = 0, [(0.0, "start")]
+    next_failure = float(random.exponential(between))
+    limit = 100 * goal + 1000 * (interval + restart_seconds)
+    while done < goal:
+        span = interval + checkpoint_seconds
+        whole = min(int((next_failure - clock) / span), int((goal - done) / interval))
+        if whole > 0:  # all intervals until something happens at once
+            clock, done = clock + whole * span, done + whole * interval
+            saved, checkpoints = done, checkpoints + whole * checkpoint_seconds
+            continue
+        rest = goal - done
+        if rest < interval and clock + rest + checkpoint_seconds <= next_failure:
+            clock, done = clock + rest + checkpoint_seconds, goal
+            checkpoints += checkpoint_seconds
+            break
+        lost += next_failure - clock  # since the last checkpoint that was completed
+        clock, done = next_failure + restart_seconds, saved
+        restarts += restart_seconds
+        failures += 1
+        if len(marks) < 1000:
+            marks.append((next_failure / 3600, "failure"))
+        next_failure = clock + float(random.exponential(between))
+        if clock > limit:
+            raise ConfigError(
+                "devices", devices, f"one fails every {between:,.0f} s: such a run does not get ahead",
+                "save more often, or write checkpoints faster",
+            )  # fmt: skip
+    return Goodput(
+        goal / clock, failures, clock / 3600, lost / 3600, checkpoints / 3600, restarts / 3600, interval,
+        [*marks, (clock / 3600, "end")],
+    )  # fmt: skip
+
+
+def goodput_of(config: Config, cluster: Cluster, sizes: Sizes, time: step_time.StepTime, hours: float) -> float:
+    """The fraction of the time that counts in a run of `hours` that saves as often as is best. 1 where failures are so
+    rare that chance alone decides."""
+    stall = money.checkpoint(config, cluster, cluster.devices, sizes.total, sizes.trained).stall_seconds
+    between = FAILURE_YEARS * YEAR / cluster.devices
+    if hours * 3600 < between:
+        return 1.0
+    enough = max(hours, 200 * between / 3600)  # longer than the run, so that chance evens out
+    return goodput(enough, cluster.devices, time.seconds, stall).fraction
+
+
+def intervals(
+    devices: int, step_seconds: float, checkpoint_seconds: float, failures: int = 400, seed: int = 0
+) -> Iterator[tuple[float, float]]:
+    """(seconds between checkpoints, goodput) around the optimum, of a run so long that chance evens out."""
+    between = FAILURE_YEARS * YEAR / devices
+    best = best_interval(max(checkpoint_seconds, 1e-3), between)
+    for factor in (0.1, 0.2, 0.4, 0.7, 1.0, 1.5, 2.5, 5.0, 10.0):
+        hours = failures * between / 3600
+        found = goodput(hours, devices, step_seconds, checkpoint_seconds, interval_seconds=best * factor, seed=seed)
+        yield best * factor, found.fraction

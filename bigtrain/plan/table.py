@@ -1,0 +1,90 @@
+"""A plan for people: a table on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from io import StringIO
+
+from bigtrain.plan.result import Plan
+
+
+def show(plan: Plan, explain: bool = False) -> str:
+    """The plan as text. explain: every number's formula and source below it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(file=StringIO(), width=None if sys.stdout.isatty() else 120, force_terminal=sys.stdout.isatty())
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for justify in ("left", "right", "left"):
+        table.add_column(justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table.add_row(
+        "parameters", f"{plan.parameters:,}", _parts({k: f"{v:,}" for k, v in plan.parameters_by_part.items()})
+    )
+    batch = f"{plan.micro_batch} sequences x {plan.accumulation} a step, on each of {plan.ranks} ranks"
+    table.add_row("micro-batch", f"{plan.micro_batch} x {plan.accumulation}", batch)
+    parts = sorted((k for k in plan.memory if k != "peak" and plan.memory[k]), key=lambda k: -plan.memory[k])
+    colour = "green" if plan.fits else "red"
+    table.add_row(
+        "[bold]memory of a rank[/]", f"[bold {colour}]{size(plan.memory['peak'])}[/]",
+        f"of {size(plan.device_memory_gib)}: {'fits' if plan.fits else 'DOES NOT FIT: ' + plan.binding}",
+    )  # fmt: skip
+    for name in parts:
+        table.add_row(f"  {name}", size(plan.memory[name]), _bar(plan.memory[name] / plan.memory["peak"]))
+    saved = plan.activations
+    table.add_row(
+        "  activations saved", size(saved["without_checkpointing"]),
+        f"{size(saved['per_layer'])} a layer; {size(saved['with_checkpointing'])} with activation checkpointing",
+    )  # fmt: skip
+    table.add_row("host memory", size(plan.host_memory_gib), "of a node")
+    if plan.disk_gib:
+        table.add_row("NVMe", size(plan.disk_gib), "of a node")
+    if plan.step_seconds is not None:
+        low, high = plan.intervals["step_seconds"]
+        table.add_row("[bold]step[/]", f"[bold]{seconds(plan.step_seconds)}[/]", f"{seconds(low)} to {seconds(high)}")
+        for name, value in plan.time.items():
+            if value:
+                table.add_row(f"  {name}", seconds(value), _bar(value / plan.step_seconds))
+        for name, sent in plan.communication.items():
+            table.add_row("  sent", f"{sent:,.2f} GB", name)
+        table.add_row("tokens/s", f"{plan.tokens_per_second:,.0f}", f"MFU {plan.mfu:.1%}, HFU {plan.hfu:.1%}")
+        table.add_row("run", f"{plan.hours:,.1f} h", f"{plan.steps:,} steps, {plan.tokens:,.0f} tokens")
+        table.add_row("cost", f"${plan.cost:,.2f}", f"{plan.energy_kwh:,.1f} kWh, {plan.co2_kg:,.1f} kg CO2e")
+        stall = f"training waits {seconds(plan.checkpoint_stall_seconds or 0)} for each"
+        table.add_row("checkpoint", size(plan.checkpoint_gib), stall)
+    if plan.inference:
+        use = plan.inference
+        held = f"{size(use['weights_gib'])} in 16 bits, {size(use['kv_cache_gib'])} of cache"
+        table.add_row(
+            "using the model",
+            f"{use['tokens_per_second']:,.1f} tokens/s",
+            f"{held}, {use['devices']:.0f} device(s); first token after {seconds(use['prefill_seconds'])}",
+        )
+    console.print(f"[bold]{plan.cluster}[/]")
+    console.print(table)
+    for warning in plan.warnings:
+        console.print(f"note: {warning}", markup=False, highlight=False)
+    if explain:
+        lines = Table(box=None, pad_edge=False)
+        for heading in ("number", "value", "formula", "source"):
+            lines.add_column(heading, overflow="fold")
+        for line in plan.lines:
+            lines.add_row(line.name, f"{line.value:,.6g} {line.unit}".strip(), line.formula, line.source)
+        console.print(lines)
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue().rstrip("\n")
+
+
+def size(gib: float) -> str:
+    return f"{gib:,.1f} GiB" if gib >= 1 else f"{gib * 1024:,.1f} MiB"
+
+
+def seconds(value: float) -> str:
+    return f"{value:,.2f} s" if value >= 1 else f"{value * 1000:,.2f} ms"
+
+
+def _bar(share: float) -> str:
+    return "█" * max(1, round(24 * share)) + f" {share:.0%}"
+
+
+def _parts(parts: dict[str, str]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in parts.items())
