@@ -21,6 +21,7 @@ from bigtrain.config import (
     TextDataConfig,
     TrainConfig,
     micro_batch,
+    objective_names,
 )
 from bigtrain.errors import ConfigError
 
@@ -247,6 +248,8 @@ def _check_train(config: Config) -> None:
             "name one: model=pretrained model.path=DIR",
         )
     _check_guard(train)
+    if not objective_names(train.objective):
+        raise ConfigError("train.objective", train.objective, "empty", "name a number of result.json, like eval/loss")
     if config.resume == "":
         raise ConfigError("resume", config.resume, "empty", "auto, required, never, or a directory")
 

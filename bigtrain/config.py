@@ -454,7 +454,9 @@ class TrainConfig:
     keep_every: int = 0  # steps: checkpoints at a multiple of it stay for good; 0: none
     keep_best: bool = False  # and the one with the lowest train.objective, which is then evaluated before each save
     encryption: EncryptionConfig = field(default_factory=EncryptionConfig)  # of the checkpoints
-    objective: str = "eval/loss"  # the number of result.json that a sweep minimises
+    # The number of result.json that a sweep minimises (-eval/accuracy: maximises), or several of them:
+    # [eval/loss,time/train_seconds]
+    objective: str | list[str] = "eval/loss"
 
 
 # -------------------------------------------------------------------------------- compress, launch, logger
@@ -684,6 +686,12 @@ def fingerprint(config: Config) -> str:
 
 
 # ---------------------------------------------------------------------------------------- derived numbers
+
+
+def objective_names(objective: str | list[str]) -> list[str]:
+    """The names in train.objective, a list or a text with commas; the first is what a checkpoint is judged by."""
+    names = objective.split(",") if isinstance(objective, str) else objective
+    return [name.strip() for name in names if name.strip()]
 
 
 def micro_batch(config: Config, world_size: int) -> int:

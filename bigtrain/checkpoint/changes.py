@@ -162,6 +162,11 @@ def listing(changes: list[Change], checkpoint: Checkpoint, ranks: int) -> str:
     return "\n".join([f"since {checkpoint.path} was saved:", *lines])
 
 
+def is_free(key: str) -> bool:
+    """Whether a field may change within a run without a word: how long it lasts, where it runs, how it is watched."""
+    return _within(key, _FREE)
+
+
 def _within(key: str, names: tuple[str, ...] | list[str]) -> bool:
     """Whether `key` is one of `names` or lies in one."""
     return any(key == name or key.startswith((f"{name}.", f"{name} (")) for name in names)
