@@ -445,6 +445,28 @@ def inspect(run: Path, text: str, pair: str | None, target: str | None, device: 
 
 
 @command.command()
+@click.argument("run", type=RUN)
+@click.option("--once", is_flag=True, help="Print it one time, for scripts. So it is where there is no terminal.")
+def watch(run: Path, once: bool) -> int:
+    """See a running job live, from the files it writes: progress, loss, speed, warnings. Exit status 1: it failed."""
+    from rich.console import Console
+
+    from bigtrain.watch import watch as show
+
+    return 1 if show(run, once, Console()).status == "failed" else 0
+
+
+@command.command()
+@click.argument("directory", default="runs", type=RUN)
+def runs(directory: Path) -> None:
+    """List the runs under DIRECTORY: status (running, finished, stopped, failed, stalled), step, best loss, age."""
+    from bigtrain import runs as found
+
+    states = [found.state(path) for path in found.find(directory)]
+    click.echo("\n".join(found.table(states, directory)) if states else f"no runs in {directory}")
+
+
+@command.command()
 @click.option("--build", is_flag=True, help="Compile DeepSpeed's native ops now instead of at first use.")
 def doctor(build: bool) -> int:
     """Show what this machine has and what is missing. Exit status 1 if something needed is."""

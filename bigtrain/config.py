@@ -431,6 +431,18 @@ class GuardConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """A window of steps that is looked into (RUN_DIR/profile); 0 steps: none."""
+
+    start_step: int = 10  # steps done before it begins
+    steps: int = 0  # that are traced
+    flops: bool = False  # and DeepSpeed's flops profiler in the step after them
+    memory: bool = False  # allocations in the trace too
+    stacks: bool = False  # the lines of Python too: large traces
+    all_ranks: bool = False  # else rank 0
+
+
+@dataclass
 class TrainConfig:
     steps: int = 1000
     stop_at: int | None = None  # stop (and save) at this step; the schedule still counts to `steps`
@@ -457,6 +469,8 @@ class TrainConfig:
     # The number of result.json that a sweep minimises (-eval/accuracy: maximises), or several of them:
     # [eval/loss,time/train_seconds]
     objective: str | list[str] = "eval/loss"
+    tokens_per_parameter: float | None = None  # what a recipe may reckon train.steps from (experiment=ladder)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 # -------------------------------------------------------------------------------- compress, launch, logger
@@ -488,9 +502,14 @@ class WandbConfig:
     project: str = "bigtrain"
     entity: str | None = None
     name: str | None = None
-    group: str | None = None
+    group: str | None = None  # None: of a sweep's trials the sweep
+    job_type: str = "train"
     tags: list[str] = field(default_factory=list)
     mode: Literal["auto", "online", "offline"] = "auto"  # auto: online if there is a key, else offline
+    x_axis: Literal["step", "tokens"] = "step"  # of the charts
+    artifacts: bool = True  # code, config, and for each checkpoint a reference to where it lies
+    alerts: bool = True  # about warnings (spikes, stragglers, checkpoints that failed), failures, restarts and stalls
+    stall_seconds: int = 900  # without a logged step, an evaluation or a checkpoint; 0: no alert
 
 
 @dataclass
@@ -498,6 +517,8 @@ class LoggerConfig:
     log_every: int = 1  # steps between lines of metrics.jsonl; reading the loss is the loop's only host sync
     progress: bool = True
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    trackers: list[str] = field(default_factory=list)  # besides metrics.jsonl: tensorboard, csv, mlflow
+    mlflow_experiment: str = "bigtrain"
 
 
 # --------------------------------------------------------------------------------------------------- config

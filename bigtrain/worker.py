@@ -16,6 +16,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -128,6 +129,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
         else train.global_batch * config.model.max_seq_len,
         start_step=resumed.step if resumed else 0,
         resumed=resumed is not None,
+        hosts=host.gather(socket.gethostname()),
     )
     per_forward = configuration.micro_batch(config, host.world_size)
     share = Share(host.rank, host.world_size, train.global_batch, per_forward, train.seed)

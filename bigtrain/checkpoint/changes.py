@@ -25,6 +25,7 @@ _FREE = (
     "train.steps", "train.micro_batch", "train.activation_checkpointing", "train.compile", "train.eval_every",
     "train.eval_batches", "train.save_every", "train.async_save", "train.keep_checkpoints", "train.keep_every",
     "train.keep_best", "train.objective", "train.stop_at", "train.guard",
+    "train.tokens_per_parameter", "train.profile",
 )  # fmt: skip
 _LISTED = ("engine",)  # the same sums in another order: state is cut anew (checkpoint/reshard.py)
 _REFUSED = {
