@@ -297,8 +297,15 @@ def generate(
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder to write to; default: RUN/report, ./report for several."
 )
-def report(runs: tuple[Path, ...], out: Path | None) -> None:
+@click.option("--ladder", is_flag=True, help="Fit a scaling law to RUNS (or sweeps of them): also ladder.json.")
+def report(runs: tuple[Path, ...], out: Path | None, ladder: bool) -> None:
     """Draw the curves of one RUN, or several side by side: a self-contained HTML page and PNGs."""
+    if ladder:
+        from bigtrain import scaling
+
+        page, found = scaling.write(list(runs), out)
+        click.echo("\n".join([*scaling.lines(found), str(page)]))
+        return
     from bigtrain.report import write_report
 
     click.echo(write_report(list(runs), out))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import sys
@@ -16,7 +17,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from bigtrain.config import GROUPS, Config, kinds, union_members
+from bigtrain.config import (
+    GROUPS,
+    VOCABULARY_MULTIPLE,
+    Config,
+    DecoderConfig,
+    decoder_parameters,
+    kinds,
+    section,
+    union_members,
+)
 from bigtrain.errors import BigtrainError, ConfigError, nearest
 from bigtrain.redact import redact
 
@@ -351,4 +361,16 @@ def _register_resolvers() -> None:
         """So that a recipe can say "a tenth of the steps". A whole of a wrong type is left to the schema to refuse."""
         return int(share * whole) if isinstance(whole, (int, float)) else 0
 
+    def steps_for(tokens_per_parameter: float, model: Any, tokenizer_vocab: int, global_batch: int) -> int:
+        """Steps that see so many tokens for each parameter of a decoder. What is wrong with it the schema will say."""
+        data = OmegaConf.to_container(model, resolve=True)
+        try:
+            built = section(DecoderConfig, _plain(data), "model")
+            vocabulary = built.vocab_size or math.ceil(tokenizer_vocab / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+            tokens = tokens_per_parameter * decoder_parameters(built, vocabulary)
+            return max(1, round(tokens / (global_batch * built.max_seq_len)))
+        except (ConfigError, TypeError, ZeroDivisionError):
+            return 1
+
     OmegaConf.register_new_resolver("part_of", part_of, replace=True)
+    OmegaConf.register_new_resolver("steps_for", steps_for, replace=True)

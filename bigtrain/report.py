@@ -103,6 +103,15 @@ def _load_run(path: Path, name: str) -> Run:
     return Run(name, path, rows, _so_far(rows) | redact(result), config)
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's config as dotted keys, secrets taken out; empty if it has none that can be read."""
+    try:
+        settings = yaml.safe_load(_read(path / "config.yaml"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return dict(_flatten(redact(settings))) if isinstance(settings, dict) else {}
+
+
 def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 

@@ -41,9 +41,11 @@ class OptunaSweeper(Sweeper):
         space: dict[str, study.Dimension] = {}
         fixed: list[str] = []
         for override in parser.parse_overrides(params + list(arguments)):
+            name = override.get_key_element().lstrip("+")
             if override.is_sweep_override():
-                space[override.get_key_element()] = _dimension(override)
+                space[name] = _dimension(override)
             else:
+                space.pop(name, None)  # params may name what the command line gives one value
                 fixed.append(f"{override.get_key_element()}={override.get_value_element_as_str()}")
         at_once = slots.count(OmegaConf.to_container(self.config.hydra.launcher, resolve=True))  # type: ignore[arg-type]
         study.optimise(
@@ -66,16 +68,16 @@ def _dimension(override: Override) -> Any:
     from bigtrain.errors import ConfigError
     from bigtrain.sweep.study import Dimension
 
-    value = override.value()
+    key, value = override.get_key_element(), override.value()
     if isinstance(value, IntervalSweep) and value.start is not None and value.end is not None:
         whole = isinstance(value.start, int) and isinstance(value.end, int)
         if "log" in value.tags and value.start <= 0:
             name = (override.key_or_group or "").lstrip("+")
             raise ConfigError(name, str(override.input_line), "a logarithmic interval must begin above 0")
-        return Dimension(low=value.start, high=value.end, log="log" in value.tags, whole=whole)
+        return Dimension(key, low=value.start, high=value.end, log="log" in value.tags, whole=whole)
     if isinstance(value, RangeSweep) and not value.shuffle and value.start is not None and value.stop is not None:
         whole = all(isinstance(number, int) for number in (value.start, value.stop, value.step))
         steps = max(0, -(-(value.stop - value.start) // value.step) - 1)  # a range ends before its stop
-        return Dimension(low=value.start, high=value.start + steps * value.step, step=value.step, whole=whole)
+        return Dimension(key, low=value.start, high=value.start + steps * value.step, step=value.step, whole=whole)
     assert isinstance(value, (ChoiceSweep, RangeSweep))
-    return Dimension(choices=tuple(str(text) for text in override.sweep_string_iterator()))
+    return Dimension(key, choices=tuple(str(text) for text in override.sweep_string_iterator()))

@@ -14,7 +14,7 @@ from bigtrain import config as schema
 from bigtrain.checkpoint import changes, encryption
 from bigtrain.checkpoint.changes import Change
 from bigtrain.checkpoint.find import Checkpoint
-from bigtrain.config import LABELLED_TASKS, Config, DeepSpeedConfig, objective_names
+from bigtrain.config import LABELLED_TASKS, VOCABULARY_MULTIPLE, Config, DeepSpeedConfig, objective_names
 from bigtrain.errors import BigtrainError, ConfigError, unknown_key
 from bigtrain.hardware import Placement
 from bigtrain.launch import Stopped, dryrun, local, ops, pretrained, run_dir
@@ -23,8 +23,6 @@ from bigtrain.redact import redact
 if TYPE_CHECKING:
     from bigtrain.data.examples import PreparedExamples
     from bigtrain.data.shards import Prepared
-
-VOCABULARY_MULTIPLE = 64  # matrix kernels like it; the extra rows are never a target
 
 
 def checked(data: dict[str, Any]) -> Config:

@@ -25,6 +25,7 @@ PRUNERS = ("median", "hyperband", "none")
 class Dimension:
     """What one override may become: one of `choices` as typed, or a number between `low` and `high`, both included."""
 
+    key: str  # of the override, with a + that it may need
     choices: tuple[str, ...] = ()
     low: float = 0
     high: float = 0
@@ -68,7 +69,7 @@ def optimise(
     while left > 0:
         asked = [study.ask() for _ in range(min(left, at_once))]
         batch = [
-            [*fixed, *(f"{name}={one.written(_suggest(trial, name, one))}" for name, one in space.items())]
+            [*fixed, *(f"{one.key}={one.written(_suggest(trial, name, one))}" for name, one in space.items())]
             for trial in asked
         ]
         launch(batch, asked[0].number)
