@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from bigtrain.config import (
     LABELLED_TASKS,
     AccelerateConfig,
@@ -21,9 +23,11 @@ from bigtrain.config import (
     TextDataConfig,
     TrainConfig,
     micro_batch,
+    objective_names,
 )
 from bigtrain.errors import ConfigError
 
+TRACKERS = {"tensorboard": "tensorboard", "csv": "csv", "mlflow": "mlflow"}  # name -> the module it needs
 LEAST_HISTORY = 16  # losses, before one can be called a spike
 
 
@@ -235,6 +239,14 @@ def _check_train(config: Config) -> None:
     for name in ("seed", "grad_clip", "eval_every", "save_every", "keep_every"):
         _positive(f"train.{name}", getattr(train, name), 0)
     _positive("logger.log_every", config.logger.log_every)
+    _positive("logger.wandb.stall_seconds", config.logger.wandb.stall_seconds, 0)
+    for name in config.logger.trackers:
+        if name not in TRACKERS:
+            raise ConfigError("logger.trackers", name, "unknown", f"of {', '.join(TRACKERS)}")
+        if find_spec(TRACKERS[name]) is None:
+            raise ConfigError(
+                "logger.trackers", name, f"needs the package {TRACKERS[name]}", "pip install 'bigtrain[trackers]'"
+            )
     if not 0 < train.layer_lr_decay <= 1:
         raise ConfigError("train.layer_lr_decay", train.layer_lr_decay, "must be above 0 and at most 1")
     _positive("train.lora.rank", train.lora.rank, 0)
@@ -247,6 +259,12 @@ def _check_train(config: Config) -> None:
             "name one: model=pretrained model.path=DIR",
         )
     _check_guard(train)
+    for name in ("start_step", "steps"):
+        _positive(f"train.profile.{name}", getattr(train.profile, name), 0)
+    if train.tokens_per_parameter is not None and not 0 < train.tokens_per_parameter < float("inf"):
+        raise ConfigError("train.tokens_per_parameter", train.tokens_per_parameter, "must be above 0")
+    if not objective_names(train.objective):
+        raise ConfigError("train.objective", train.objective, "empty", "name a number of result.json, like eval/loss")
     if config.resume == "":
         raise ConfigError("resume", config.resume, "empty", "auto, required, never, or a directory")
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING
 import click
 
 from bigtrain import __version__
-from bigtrain.config import EncryptionConfig
+from bigtrain.config import Config, EncryptionConfig
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.launch import Stopped
 from bigtrain.redact import redact
@@ -60,6 +61,10 @@ def _run(arguments: list[str]) -> int:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     except Exception as error:
         return _fail(f"{type(error).__name__}: {error}; this is a bug, its traceback is in {_write_traceback()}", 1)
+
+
+def _say_problem(message: str) -> None:
+    _fail(message, 1)
 
 
 def _fail(message: str, status: int) -> int:
@@ -128,13 +133,21 @@ def train(arguments: tuple[str, ...]) -> int:
     from bigtrain.launch import train as launch
 
     def run(job: Job) -> float:
+        return train_one(job, launch.checked(job.data))
+
+    def train_one(job: Job, config: Config) -> float:
         def continue_command(run_dir: str) -> str:
             kept = [override for override in job.overrides if not override.startswith(("run_dir=", "resume="))]
             return shlex.join(["bigtrain", "train", *redact(kept), f"run_dir={run_dir}", *job.flags])
 
-        return launch.train(launch.checked(job.data), click.echo, continue_command)
+        return launch.train(config, click.echo, continue_command)
 
-    return _compose(arguments, run)
+    def trial(job: Job) -> float | list[float]:
+        from bigtrain.sweep import run as sweep
+
+        return sweep.run(job, launch.checked, lambda config: train_one(job, config), click.echo, _say_problem)
+
+    return _sweep(arguments, run, trial)
 
 
 @command.command(cls=ComposedHelp, context_settings=_HYDRA)
@@ -190,6 +203,29 @@ def plan(arguments: tuple[str, ...]) -> int:
     return _compose(tuple(rest), lambda job: planning.run(job.data, options, click.echo))
 
 
+def _sweep(arguments: tuple[str, ...], run: Callable[[Job], float], trial: Callable[[Job], float | list[float]]) -> int:
+    """Train what is composed: one run, or the trials of a sweep, and then show what came out of them. Exit status."""
+    from bigtrain import compose
+
+    directories: list[Path] = []
+    command = os.environ["BIGTRAIN_SWEEP"] = uuid.uuid4().hex
+    failed = False
+    _end_on_sigterm()
+    try:
+        compose.run(list(arguments), lambda job: trial(job) if job.sweep else run(job), directories.append)
+    finally:
+        for directory in directories:
+            from bigtrain.sweep import results
+
+            failed = not results.show(directory, command, click.echo)
+    return 1 if failed else 0
+
+
+def _end_on_sigterm() -> None:
+    if threading.current_thread() is threading.main_thread():  # so that SIGTERM cleans up as Ctrl-C does
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
 @dataclass
 class Outcome:
     """What became of one job of a sweep."""
@@ -220,8 +256,7 @@ def _compose(arguments: tuple[str, ...], run: Callable[[Job], float]) -> int:
             outcomes.append(Outcome(job, math.nan, f"failed: {message}"))
         return outcomes[-1].objective
 
-    if threading.current_thread() is threading.main_thread():  # so that SIGTERM cleans up as Ctrl-C does
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+    _end_on_sigterm()
     try:
         compose.run(list(arguments), job)
     finally:
@@ -285,8 +320,15 @@ def generate(
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Folder to write to; default: RUN/report, ./report for several."
 )
-def report(runs: tuple[Path, ...], out: Path | None) -> None:
+@click.option("--ladder", is_flag=True, help="Fit a scaling law to RUNS (or sweeps of them): also ladder.json.")
+def report(runs: tuple[Path, ...], out: Path | None, ladder: bool) -> None:
     """Draw the curves of one RUN, or several side by side: a self-contained HTML page and PNGs."""
+    if ladder:
+        from bigtrain import scaling
+
+        page, found = scaling.write(list(runs), out)
+        click.echo("\n".join([*scaling.lines(found), str(page)]))
+        return
     from bigtrain.report import write_report
 
     click.echo(write_report(list(runs), out))
@@ -452,6 +494,28 @@ def inspect(run: Path, text: str, pair: str | None, target: str | None, device: 
     found, page = inspection.run(run, text, pair=pair, target=target, device=device, out=out)
     click.echo(inspection.summary(found))
     click.echo(page)
+
+
+@command.command()
+@click.argument("run", type=RUN)
+@click.option("--once", is_flag=True, help="Print it one time, for scripts. So it is where there is no terminal.")
+def watch(run: Path, once: bool) -> int:
+    """See a running job live, from the files it writes: progress, loss, speed, warnings. Exit status 1: it failed."""
+    from rich.console import Console
+
+    from bigtrain.watch import watch as show
+
+    return 1 if show(run, once, Console()).status == "failed" else 0
+
+
+@command.command()
+@click.argument("directory", default="runs", type=RUN)
+def runs(directory: Path) -> None:
+    """List the runs under DIRECTORY: status (running, finished, stopped, failed, stalled), step, best loss, age."""
+    from bigtrain import runs as found
+
+    states = [found.state(path) for path in found.find(directory)]
+    click.echo("\n".join(found.table(states, directory)) if states else f"no runs in {directory}")
 
 
 @command.command()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import re
 import sys
@@ -16,7 +17,16 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from bigtrain.config import GROUPS, Config, kinds, union_members
+from bigtrain.config import (
+    GROUPS,
+    VOCABULARY_MULTIPLE,
+    Config,
+    DecoderConfig,
+    decoder_parameters,
+    kinds,
+    section,
+    union_members,
+)
 from bigtrain.errors import BigtrainError, ConfigError, nearest
 from bigtrain.redact import redact
 
@@ -32,6 +42,16 @@ class UsageError(BigtrainError):
 
 
 @dataclass
+class Sweep:
+    """What a job's sweep is, beyond the job itself."""
+
+    directory: str
+    varied: list[str]  # the keys that take several values
+    sweeper: dict[str, Any]  # hydra.sweeper and hydra.launcher
+    launcher: dict[str, Any]
+
+
+@dataclass
 class Job:
     """One composed run."""
 
@@ -39,6 +59,7 @@ class Job:
     overrides: list[str]  # as typed
     flags: list[str]  # that composing it again needs (--config-dir DIR)
     number: int | None  # counts the jobs of a sweep from 0; None outside a sweep
+    sweep: Sweep | None = None
 
 
 def conf_dir() -> Path:
@@ -55,8 +76,15 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (conf_dir() / group).glob("*.yaml"))
 
 
-def run(arguments: list[str], job: Callable[[Job], float]) -> None:
+def run(
+    arguments: list[str],
+    job: Callable[[Job], float | list[float]],
+    on_sweep: Callable[[Path], None] = lambda directory: None,
+) -> None:
     """Give `arguments` whole to Hydra, which calls `job` once, per trial of a sweep, or (--cfg, --info) not at all.
+
+    A sweep's launcher may call it in other processes. `on_sweep` is called here, before the first trial, with the
+    sweep's directory.
 
     What `job` raises comes out unchanged. Raises UsageError or ConfigError for what Hydra refuses.
     """
@@ -67,16 +95,18 @@ def run(arguments: list[str], job: Callable[[Job], float]) -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from hydra.types import RunMode
-    from omegaconf import DictConfig
+    from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     _check_flags(prepared + flags)
     _register()
     raised: list[BaseException] = []
+    swept = _swept(prepared) if sweep else []
 
-    def task(composed: DictConfig) -> float:
+    def task(composed: DictConfig) -> float | list[float]:
         # Hydra prints a line of its own about an exception that leaves here, so it is carried around Hydra.
         try:
+            _register_resolvers()  # a launcher may have brought this to another process
             data = _resolved(composed)
             context = HydraConfig.get()
             sweeping = context.mode == RunMode.MULTIRUN
@@ -84,7 +114,16 @@ def run(arguments: list[str], job: Callable[[Job], float]) -> None:
                 data["run_dir"] = context.runtime.output_dir  # hydra.sweep.dir is run_dir: run_dir/<job number>
             overrides = [_shown(override) for override in context.overrides.task]
             kept = [flag for flag in flags if flag not in ("-m", "--multirun", "-r", "--run")]
-            return job(Job(data, overrides, kept, int(context.job.num) if sweeping else None))
+            if not sweeping:
+                return job(Job(data, overrides, kept, None))
+            sweeper, launcher = (
+                _plain(OmegaConf.to_container(part, resolve=True)) for part in (context.sweeper, context.launcher)
+            )
+            varied = dict.fromkeys([*(sweeper.get("params") or {}), *swept])
+            return job(
+                Job(data, overrides, kept, int(context.job.num),
+                    Sweep(str(context.sweep.dir), [key.lstrip("+~") for key in varied], sweeper, launcher))
+            )  # fmt: skip
         except Exception as error:
             raised.append(error)
             return float("nan")
@@ -92,7 +131,7 @@ def run(arguments: list[str], job: Callable[[Job], float]) -> None:
     task.__module__ = __name__
     main = hydra.main(version_base="1.3", config_path=str(conf_dir()), config_name="config")(task)
     try:
-        with _command_line(["bigtrain", *prepared, *flags]), _full_errors(), _no_secrets_in_files():
+        with _command_line(["bigtrain", *prepared, *flags]), _full_errors(), _no_secrets_in_files(on_sweep):
             main()
     except OverrideParseException as error:
         raise UsageError(f"{_shown(error.override)}: cannot be read ({_first_lines(error)}); quote it?") from error
@@ -107,8 +146,8 @@ def run(arguments: list[str], job: Callable[[Job], float]) -> None:
 
 
 @contextlib.contextmanager
-def _no_secrets_in_files() -> Iterator[None]:
-    """A sweeper writes multirun.yaml, with all overrides as they were typed."""
+def _no_secrets_in_files(on_sweep: Callable[[Path], None]) -> Iterator[None]:
+    """A sweeper begins with writing multirun.yaml, with all overrides as they were typed."""
     from omegaconf import OmegaConf
 
     save = OmegaConf.save
@@ -116,6 +155,8 @@ def _no_secrets_in_files() -> Iterator[None]:
     def redacted(config: Any, *arguments: Any, **keywords: Any) -> None:
         plain = OmegaConf.to_container(config, resolve=False) if OmegaConf.is_config(config) else config
         save(OmegaConf.create(redact(plain)), *arguments, **keywords)
+        if arguments and (path := Path(str(arguments[0]))).name == "multirun.yaml":
+            on_sweep(path.parent)
 
     OmegaConf.save = redacted  # type: ignore[assignment, method-assign]
     try:
@@ -176,6 +217,19 @@ def _readable(override: str) -> bool:
     return True
 
 
+def _swept(overrides: list[str]) -> list[str]:
+    """The keys of those that take several values."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    keys = []
+    for override in overrides:
+        with contextlib.suppress(HydraException):  # the sweeper will say what is wrong with it
+            if OverridesParser.create().parse_override(override).is_sweep_override():
+                keys.append(override.partition("=")[0])
+    return keys
+
+
 def _shown(override: str) -> str:
     return override[2:] if override.startswith("++") else override
 
@@ -188,8 +242,37 @@ def _resolved(composed: Any) -> dict[str, Any]:
         data = OmegaConf.to_container(composed, resolve=True)
     except OmegaConfBaseException as error:
         raise UsageError(f"{error.full_key}: {_first_lines(error)}") from error
+    return _plain(data)
+
+
+def _plain(data: Any) -> dict[str, Any]:
     assert isinstance(data, dict)
     return {str(key): value for key, value in data.items()}
+
+
+def experiment(overrides: list[str]) -> str:
+    """What follows `defaults:` has in an experiment's file, for a run of these overrides: `experiment=` that file is
+    the same run. Raises ConfigError for what no file can say (a key taken away, a group under another name)."""
+    import yaml
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    defaults: list[Any] = []
+    values: dict[str, Any] = {}
+    for override in OverridesParser.create().parse_overrides(overrides):
+        key, value = (override.key_or_group or "").lstrip("+"), override.value()
+        if override.is_delete() or override.package is not None:
+            raise ConfigError("experiment", override.input_line, "cannot be written into a file")
+        if key == "experiment":
+            defaults.insert(0, value)
+        elif key in GROUPS or "/" in key:
+            defaults.append({f"override /{key}": value})
+        else:
+            place = values
+            *path, last = key.split(".")
+            for name in path:
+                place = place.setdefault(name, {})
+            place[last] = value if not isinstance(value, str) else str(value)
+    return yaml.safe_dump({"defaults": [*defaults, "_self_"], **values}, sort_keys=False, allow_unicode=True)
 
 
 def _check_flags(arguments: list[str]) -> None:
@@ -258,13 +341,8 @@ def _first_lines(error: BaseException) -> str:
 def _register() -> None:
     """Store every dataclass's defaults as plain data: `_<kind>` in its group, and `_config` for what has no group."""
     from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
 
-    def part_of(share: float, whole: object) -> int:
-        """So that a recipe can say "a tenth of the steps". A whole of a wrong type is left to the schema to refuse."""
-        return int(share * whole) if isinstance(whole, (int, float)) else 0
-
-    OmegaConf.register_new_resolver("part_of", part_of, replace=True)
+    _register_resolvers()
     store = ConfigStore.instance()
     hints = get_type_hints(Config)
     defaults = asdict(Config())
@@ -276,3 +354,25 @@ def _register() -> None:
                 node = asdict(cls()) | ({"kind": kind} if kinds(cls) else {})
                 store.store(name=f"_{kind}", group=field.name, node=node)
     store.store(name="_config", node={name: value for name, value in defaults.items() if name not in GROUPS})
+
+
+def _register_resolvers() -> None:
+    from omegaconf import OmegaConf
+
+    def part_of(share: float, whole: object) -> int:
+        """So that a recipe can say "a tenth of the steps". A whole of a wrong type is left to the schema to refuse."""
+        return int(share * whole) if isinstance(whole, (int, float)) else 0
+
+    def steps_for(tokens_per_parameter: float, model: Any, tokenizer_vocab: int, global_batch: int) -> int:
+        """Steps that see so many tokens for each parameter of a decoder. What is wrong with it the schema will say."""
+        data = OmegaConf.to_container(model, resolve=True)
+        try:
+            built = section(DecoderConfig, _plain(data), "model")
+            vocabulary = built.vocab_size or math.ceil(tokenizer_vocab / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+            tokens = tokens_per_parameter * decoder_parameters(built, vocabulary)
+            return max(1, round(tokens / (global_batch * built.max_seq_len)))
+        except (ConfigError, TypeError, ZeroDivisionError):
+            return 1
+
+    OmegaConf.register_new_resolver("part_of", part_of, replace=True)
+    OmegaConf.register_new_resolver("steps_for", steps_for, replace=True)

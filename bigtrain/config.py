@@ -434,6 +434,18 @@ class GuardConfig:
 
 
 @dataclass
+class ProfileConfig:
+    """A window of steps that is looked into (RUN_DIR/profile); 0 steps: none."""
+
+    start_step: int = 10  # steps done before it begins
+    steps: int = 0  # that are traced
+    flops: bool = False  # and DeepSpeed's flops profiler in the step after them
+    memory: bool = False  # allocations in the trace too
+    stacks: bool = False  # the lines of Python too: large traces
+    all_ranks: bool = False  # else rank 0
+
+
+@dataclass
 class TrainConfig:
     steps: int = 1000
     stop_at: int | None = None  # stop (and save) at this step; the schedule still counts to `steps`
@@ -457,7 +469,11 @@ class TrainConfig:
     keep_every: int = 0  # steps: checkpoints at a multiple of it stay for good; 0: none
     keep_best: bool = False  # and the one with the lowest train.objective, which is then evaluated before each save
     encryption: EncryptionConfig = field(default_factory=EncryptionConfig)  # of the checkpoints
-    objective: str = "eval/loss"  # the number of result.json that a sweep minimises
+    # The number of result.json that a sweep minimises (-eval/accuracy: maximises), or several of them:
+    # [eval/loss,time/train_seconds]
+    objective: str | list[str] = "eval/loss"
+    tokens_per_parameter: float | None = None  # what a recipe may reckon train.steps from (experiment=ladder)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
 # -------------------------------------------------------------------------------- compress, launch, logger
@@ -490,9 +506,14 @@ class WandbConfig:
     project: str = "bigtrain"
     entity: str | None = None
     name: str | None = None
-    group: str | None = None
+    group: str | None = None  # None: of a sweep's trials the sweep
+    job_type: str = "train"
     tags: list[str] = field(default_factory=list)
     mode: Literal["auto", "online", "offline"] = "auto"  # auto: online if there is a key, else offline
+    x_axis: Literal["step", "tokens"] = "step"  # of the charts
+    artifacts: bool = True  # code, config, and for each checkpoint a reference to where it lies
+    alerts: bool = True  # about warnings (spikes, stragglers, checkpoints that failed), failures, restarts and stalls
+    stall_seconds: int = 900  # without a logged step, an evaluation or a checkpoint; 0: no alert
 
 
 @dataclass
@@ -500,6 +521,8 @@ class LoggerConfig:
     log_every: int = 1  # steps between lines of metrics.jsonl; reading the loss is the loop's only host sync
     progress: bool = True
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    trackers: list[str] = field(default_factory=list)  # besides metrics.jsonl: tensorboard, csv, mlflow
+    mlflow_experiment: str = "bigtrain"
 
 
 # --------------------------------------------------------------------------------------------------- config
@@ -688,6 +711,27 @@ def fingerprint(config: Config) -> str:
 
 
 # ---------------------------------------------------------------------------------------- derived numbers
+
+VOCABULARY_MULTIPLE = 64  # matrix kernels like it; the extra rows are never a target
+
+
+def decoder_parameters(model: DecoderConfig, vocab_size: int) -> int:
+    """Parameters of a causal Transformer, embeddings and norms counted, tied weights once."""
+    dim, norm = model.dim, model.dim * (2 if model.norm == "layernorm" and model.bias else 1)
+    ffn_dim = model.ffn_dim or 4 * dim
+    keys = dim // model.n_heads * (model.n_kv_heads or model.n_heads)  # width of keys, and of values
+    up = 2 * ffn_dim if model.activation == "swiglu" else ffn_dim
+    weights = dim * (dim + 2 * keys) + dim * dim + dim * up + ffn_dim * dim
+    biases = (dim + 2 * keys) + dim + up + dim if model.bias else 0
+    tables = vocab_size * dim * (1 if model.tie_embeddings else 2)
+    tables += model.max_seq_len * dim if model.positions == "learned" else 0
+    return tables + model.n_layers * (weights + biases + 2 * norm) + norm
+
+
+def objective_names(objective: str | list[str]) -> list[str]:
+    """The names in train.objective, a list or a text with commas; the first is what a checkpoint is judged by."""
+    names = objective.split(",") if isinstance(objective, str) else objective
+    return [name.strip() for name in names if name.strip()]
 
 
 def micro_batch(config: Config, world_size: int) -> int:

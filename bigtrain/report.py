@@ -116,6 +116,15 @@ def _evaluation(directory: Path) -> tuple[dict[str, Any], bytes | None]:
     return found, picture
 
 
+def read_config(path: Path) -> dict[str, Any]:
+    """A run's config as dotted keys, secrets taken out; empty if it has none that can be read."""
+    try:
+        settings = yaml.safe_load(_read(path / "config.yaml"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return dict(_flatten(redact(settings))) if isinstance(settings, dict) else {}
+
+
 def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8") if path.exists() else ""
 
@@ -280,10 +289,25 @@ def _draw_metric(
 
 
 def _picture(title: str, size: tuple[float, float], draw: Callable[[Any], None]) -> bytes:
+    """One whose x axis is the step."""
+    from matplotlib.ticker import MaxNLocator
+
+    def with_steps(axes: Any) -> None:
+        draw(axes)
+        axes.set_xlabel("step")
+        axes.grid(visible=False, axis="x")
+        axes.margins(x=0.01)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        axes.xaxis.set_major_formatter(_tick)
+
+    return picture(title, size, with_steps)
+
+
+def picture(title: str, size: tuple[float, float], draw: Callable[[Any], None]) -> bytes:
+    """A PNG of what `draw` draws on matplotlib axes."""
     import matplotlib
     from matplotlib.figure import Figure  # not pyplot: no window system, no global state
     from matplotlib.layout_engine import ConstrainedLayoutEngine
-    from matplotlib.ticker import MaxNLocator
 
     with matplotlib.rc_context(STYLE):
         layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)  # inches
@@ -291,11 +315,6 @@ def _picture(title: str, size: tuple[float, float], draw: Callable[[Any], None])
         axes = figure.add_subplot()
         draw(axes)
         axes.set_title(title)
-        axes.set_xlabel("step")
-        axes.grid(visible=False, axis="x")
-        axes.margins(x=0.01)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
-        axes.xaxis.set_major_formatter(_tick)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", metadata={"Software": None})
         return buffer.getvalue()
@@ -392,16 +411,20 @@ def render(runs: list[Run], pictures: dict[str, bytes]) -> str:
         sections.append(_labels(runs[0]))
         rows = [[key, _setting(value)] for key, value in runs[0].config.items()]
         if rows:
-            sections.append(f"<details><summary>Config</summary>{_table(['key', 'value'], rows)}</details>")
+            sections.append(f"<details><summary>Config</summary>{table(['key', 'value'], rows)}</details>")
     else:
         sections.append(f"<h2>Where the configs differ</h2>{_differences(runs)}")
+    return page(title, "".join(sections))
+
+
+def page(title: str, body: str) -> str:
+    """A self-contained HTML page; `body` is HTML already."""
     made = f"bigtrain {__version__}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
-    sections.append(f"<footer>{escape(made)}</footer>")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(title)} · bigtrain</title><style>{CSS}</style></head><body><main>"
-        f"{''.join(sections)}</main></body></html>\n"
+        f"{body}<footer>{escape(made)}</footer></main></body></html>\n"
     )
 
 
@@ -441,7 +464,10 @@ def _cards(run: Run) -> str:
 
 
 def _image(name: str, png: bytes, runs: list[Run]) -> str:
-    alt = f"{name.replace('_', ' ')} over steps of {', '.join(run.name for run in runs)}"
+    return image(name, png, f"{name.replace('_', ' ')} over steps of {', '.join(run.name for run in runs)}")
+
+
+def image(name: str, png: bytes, alt: str) -> str:
     data = base64.b64encode(png).decode()
     return f'<figure><img id="{name}" alt="{escape(alt)}" src="data:image/png;base64,{data}"></figure>'
 
@@ -460,7 +486,7 @@ def _results(runs: list[Run]) -> str:
             [label, *(f"<b>{cell}</b>" if best is not None and value == best else cell
                       for cell, value in zip(cells, values, strict=True))]
         )  # fmt: skip
-    return _table(["", *(escape(run.name) for run in runs)] if len(runs) > 1 else [], rows, numeric=True)
+    return table(["", *(escape(run.name) for run in runs)] if len(runs) > 1 else [], rows, numeric=True)
 
 
 def _labels(run: Run) -> str:
@@ -488,7 +514,7 @@ def _differences(runs: list[Run]) -> str:
         values = [_setting(run.config[key]) if key in run.config else "-" for run in runs]
         if len(set(values)) > 1:
             rows.append([escape(key), *values])
-    return _table(["", *(escape(run.name) for run in runs)], rows) if rows else "<p>They do not.</p>"
+    return table(["", *(escape(run.name) for run in runs)], rows) if rows else "<p>They do not.</p>"
 
 
 def _setting(value: Any) -> str:
@@ -497,7 +523,7 @@ def _setting(value: Any) -> str:
     return escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
-def _table(head: list[str], rows: list[list[str]], numeric: bool = False) -> str:
+def table(head: list[str], rows: list[list[str]], numeric: bool = False) -> str:
     """Cells are HTML already."""
     cells = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     top = f"<thead><tr>{cells}</tr></thead>" if head else ""

@@ -26,7 +26,9 @@ from bigtrain.engine.host import HostGroup
 from bigtrain.engine.unpickling import refusals
 from bigtrain.errors import BigtrainError
 from bigtrain.hooks import Hooks, RunInfo
+from bigtrain.profile import Profiler
 from bigtrain.schedule import lr_multiplier
+from bigtrain.stragglers import ForwardTimer, Stragglers
 from bigtrain.tasks import Evaluated, Task, Totals, TrainLoader
 
 
@@ -70,6 +72,9 @@ class Trainer:
         self.last_metrics: dict[str, float] = {}
         self.throughput: list[float] = []
         self.step_seconds: list[float] = []
+        self.forward = ForwardTimer(engine.device)
+        self.stragglers = Stragglers(info.hosts)
+        self.profiler = Profiler(train.profile, run_dir, host.rank, engine.model)
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` was saved."""
@@ -123,6 +128,7 @@ class Trainer:
                     window.started += time.perf_counter() - began  # not training time
                 if stops:
                     break
+                self.profiler.before(self.step)
                 multiplier = lr_multiplier(self.config.schedule, self.step, train.steps)
                 outcome, problem = self._guarded_update(micro_batches, targets, multiplier, window)
                 if problem and train.guard.spike == "rollback" and self._roll_back(problem):
@@ -147,6 +153,7 @@ class Trainer:
                     self._save(seen)
                 if evaluates or saves:
                     window.clear()  # their time is not training time
+        self.profiler.close(self.step)
         self.train_seconds = self._seconds()
         self._save_last()
         result: dict[str, Any] = {"status": "finished" if self.step >= train.steps else "stopped"}
@@ -212,11 +219,12 @@ class Trainer:
     def _forward_backward(self, step: guards.Step) -> Tensor:
         """Gradients of the loss per token, over the tokens of all ranks. This rank's loss, summed, on the device."""
         nll = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        loss = self.forward.timed(self.task.loss)
         for index, batch in enumerate(step.micro_batches):
             heartbeat.beat()
             on_device = {name: tensor.to(self.engine.device, non_blocking=True) for name, tensor in batch.items()}
             last = index == len(step.micro_batches) - 1
-            nll += self.engine.forward_backward(self.task.loss, on_device, step.scale, last).nll
+            nll += self.engine.forward_backward(loss, on_device, step.scale, last).nll
         return nll
 
     def _not_finite(self, name: str, value: float, step: guards.Step) -> str | None:
@@ -273,11 +281,17 @@ class Trainer:
             metrics["train/grad_norm"] = float(outcome.grad_norm)
         if self.info.peak_flops:
             metrics["perf/mfu"] = self.info.flops_per_token * tokens_per_second / self.info.peak_flops
+        mine = [0.0] * (2 * self.host.world_size)
+        mine[2 * self.host.rank : 2 * self.host.rank + 2] = seconds / window.steps, self.forward.take() / window.steps
+        of_all = self.host.sum(*mine)  # one small all-reduce
+        metrics |= self.stragglers.metrics(of_all[::2], of_all[1::2])
         self.throughput.append(tokens_per_second)
         self.step_seconds.append(metrics["perf/step_seconds"])
         self.last_metrics = metrics
         if self.host.rank == 0:
             self.hooks.on_step(self.step, metrics)
+            if slow := self.stragglers.judge(of_all[1::2], time.monotonic()):
+                self.hooks.on_warning(self.step, slow)
         window.clear()
 
     @torch.no_grad()

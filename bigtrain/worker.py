@@ -16,6 +16,7 @@ import os
 import select
 import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -130,6 +131,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
         else train.global_batch * config.model.max_seq_len,
         start_step=resumed.step if resumed else 0,
         resumed=resumed is not None,
+        hosts=host.gather(socket.gethostname()),
     )
     per_forward = configuration.micro_batch(config, host.world_size)
     share = Share(host.rank, host.world_size, train.global_batch, per_forward, train.seed)
@@ -162,16 +164,20 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
             trainer.restore(resumed)
         result = trainer.fit()
         heartbeat.phase(heartbeat.ENDING)
-        result |= task.facts() | preflight.predicted(run_dir) | {
-            "model/parameters": info.parameters,
-            "model/trained_parameters": trained,
-            "time/total_seconds": time.time() - started,
-            "run": str(run_dir),
-            "config_sha256": configuration.fingerprint(config),
-            "world_size": host.world_size,
-            "restarts": int(os.environ.get("BIGTRAIN_RESTARTS", "0")),
-            "versions": versions(),
-        }
+        result |= (
+            task.facts()
+            | preflight.predicted(run_dir)
+            | {
+                "model/parameters": info.parameters,
+                "model/trained_parameters": trained,
+                "time/total_seconds": time.time() - started,
+                "run": str(run_dir),
+                "config_sha256": configuration.fingerprint(config),
+                "world_size": host.world_size,
+                "restarts": int(os.environ.get("BIGTRAIN_RESTARTS", "0")),
+                "versions": versions(),
+            }
+        )
         if host.rank == 0:
             write_atomic(run_dir / "result.json", json.dumps(result, indent=1))
             hooks.on_end(result)

@@ -25,6 +25,7 @@ _FREE = (
     "train.steps", "train.micro_batch", "train.activation_checkpointing", "train.compile", "train.eval_every",
     "train.eval_batches", "train.save_every", "train.async_save", "train.keep_checkpoints", "train.keep_every",
     "train.keep_best", "train.objective", "train.stop_at", "train.guard",
+    "train.tokens_per_parameter", "train.profile",
 )  # fmt: skip
 _LISTED = ("engine",)  # the same sums in another order: state is cut anew (checkpoint/reshard.py)
 _REFUSED = {
@@ -160,6 +161,11 @@ def listing(changes: list[Change], checkpoint: Checkpoint, ranks: int) -> str:
     wide = [max(len(row[column]) for row in rows) for column in range(2)]
     lines = [f"  {field:<{wide[0]}}  {before:<{wide[1]}} -> {now}" for field, before, now in rows]
     return "\n".join([f"since {checkpoint.path} was saved:", *lines])
+
+
+def is_free(key: str) -> bool:
+    """Whether a field may change within a run without a word: how long it lasts, where it runs, how it is watched."""
+    return _within(key, _FREE)
 
 
 def _within(key: str, names: tuple[str, ...] | list[str]) -> bool:

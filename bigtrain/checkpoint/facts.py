@@ -10,7 +10,7 @@ from typing import Any
 
 from bigtrain import config as configuration
 from bigtrain.checkpoint.integrity import sha256
-from bigtrain.config import Config, DeepSpeedConfig
+from bigtrain.config import Config, DeepSpeedConfig, objective_names
 from bigtrain.provenance import code_sha256, versions
 
 
@@ -27,9 +27,11 @@ def of_run(config: Config, tokenizer_file: Path) -> dict[str, Any]:
     }
 
 
-def metric(name: str, seen: dict[str, float]) -> dict[str, Any] | None:
-    """The objective as a manifest holds it; None unless an evaluation at this very step gave a finite number."""
-    value = seen.get(name, math.nan)
+def metric(objective: str | list[str], seen: dict[str, float]) -> dict[str, Any] | None:
+    """The (first) objective as a manifest holds it, lower being better; None unless an evaluation at this very step
+    gave a finite number."""
+    name = objective_names(objective)[0]
+    value = -seen.get(name[1:], math.nan) if name.startswith("-") else seen.get(name, math.nan)
     return {"name": name, "value": value} if math.isfinite(value) else None
 
 

@@ -25,4 +25,8 @@ def build_hooks(config: Config, rank: int, terminal: TextIO | None = None) -> Ho
         from bigtrain.hooks.wandb import WandbHook
 
         hooks.append(WandbHook())
+    if config.logger.trackers:
+        from bigtrain.hooks.trackers import TrackersHook
+
+        hooks.append(TrackersHook(config.logger.trackers))
     return Hooks(hooks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class RunInfo:
     tokens_per_step: int | None  # None: it differs from step to step
     start_step: int  # optimizer steps already done
     resumed: bool
+    hosts: list[str] = field(default_factory=list)  # by rank
 
 
 class Hook:

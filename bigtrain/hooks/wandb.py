@@ -6,20 +6,24 @@ asked anything. wandb is imported only when it is used.
 
 from __future__ import annotations
 
+import json
 import logging
 import netrc
 import os
 import secrets
 import struct
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from bigtrain.config import WandbConfig, to_dict
+from bigtrain.config import WandbConfig, fingerprint, to_dict
 from bigtrain.hooks.base import Hook, Metrics, RunInfo
 from bigtrain.hooks.jsonl import read_metrics
+from bigtrain.provenance import code_sha256
 from bigtrain.redact import redact
 
 logger = logging.getLogger(__name__)
@@ -38,6 +42,9 @@ class WandbHook(Hook):
         self._run: Any = None
         self._id: str | None = None
         self._first_step = 0  # rows before it are in the history already
+        self._info: RunInfo | None = None
+        self._stall: _StallWatch | None = None
+        self._saved_before: str | None = None  # the checkpoint that the next one goes on from
 
     def load_state(self, state: dict[str, Any]) -> None:
         self._id = state.get("id")
@@ -71,6 +78,7 @@ class WandbHook(Hook):
                     "entity": options.entity,
                     "name": options.name or info.run_dir.resolve().name,
                     "group": options.group,
+                    "job_type": options.job_type,
                     "tags": options.tags,
                 },
                 environment,
@@ -93,8 +101,12 @@ class WandbHook(Hook):
         # What an online run left here may not have been uploaded: there only the server's word counts.
         kept = [path for path in earlier if self._run.offline or path.name.startswith("offline-")]
         self._first_step = max([self._run.starting_step, *(last_step(path) + 1 for path in kept)])
+        axis = "data/tokens" if options.x_axis == "tokens" else "step"
         self._run.define_metric("step", hidden=True)
-        self._run.define_metric("*", step_metric="step")
+        self._run.define_metric("data/tokens", step_metric="step")
+        self._run.define_metric("*", step_metric=axis)
+        self._run.define_metric("eval/loss", step_metric=axis, summary="min")
+        self._begin(info)
         if info.resumed:  # a killed run's last rows may not have reached wandb; metrics.jsonl has them
             for row in read_metrics(info.run_dir / "metrics.jsonl"):
                 if row["step"] <= info.start_step:
@@ -103,7 +115,55 @@ class WandbHook(Hook):
                         {name: value for name, value in row.items() if name != "time" and value is not None},
                     )
 
+    def _begin(self, info: RunInfo) -> None:
+        """Artifacts that say what runs; alerts about what led here."""
+        self._info = info
+        options = info.config.logger.wandb
+        if info.resumed:
+            self._saved_before = f"step-{info.start_step}"
+        elif info.config.init_from is not None:
+            self._saved_before = info.config.init_from
+        if options.artifacts:
+            self._log_artifact(lambda: _config_artifact(info, str(self._id)))
+            self._log_artifact(_code_artifact)
+            if info.resumed and not self._run.offline:
+                with suppress(Exception):  # of a session that was offline or without artifacts
+                    self._run.use_artifact(f"checkpoint-{self._id}:step-{info.start_step}")
+        if options.alerts:
+            if info.resumed and (cause := _last_restart(info.run_dir)):
+                self._alert("restarted", f"from step {info.start_step}, after: {cause}", "WARN")
+            if options.stall_seconds:
+                self._stall = _StallWatch(options.stall_seconds, self._alert)
+
+    def _log_artifact(self, make: Callable[[], Any], aliases: list[str] | None = None) -> None:
+        """Metrics go on where an artifact cannot be made."""
+        try:
+            self._run.log_artifact(make(), aliases=aliases)
+        except Exception as error:
+            logger.warning("wandb: no artifact: %s", str(error).partition("\n")[0])
+
+    def _alert(self, title: str, text: str, level: str) -> None:
+        if self._run is not None and self._info is not None and self._info.config.logger.wandb.alerts:
+            self._run.alert(title, redact(text), level=level)
+
+    def on_warning(self, step: int, message: str) -> None:
+        self._alert(_title(message), f"step {step}: {message}", "WARN")
+
+    def on_checkpoint(self, step: int, path: Path) -> None:
+        if self._run is None or self._info is None:
+            return
+        self._alive()
+        if self._info.config.logger.wandb.artifacts:
+            before, self._saved_before = self._saved_before, path.name
+            artifact = f"checkpoint-{self._id}"
+            self._log_artifact(lambda: _checkpoint_artifact(artifact, step, path, before), ["latest", f"step-{step}"])
+
+    def _alive(self) -> None:
+        if self._stall is not None:
+            self._stall.alive()
+
     def on_step(self, step: int, metrics: Metrics) -> None:
+        self._alive()
         if self._run is not None and step >= self._first_step:
             self._run.log({"step": step, **metrics}, step=step)  # rows of one step are merged
 
@@ -119,6 +179,7 @@ class WandbHook(Hook):
             self._finish(0)
 
     def on_failure(self, error: BaseException) -> None:
+        self._alert("failed", f"{type(error).__name__}: {error}", "ERROR")
         self._finish(1)
 
     def close(self) -> None:
@@ -126,11 +187,90 @@ class WandbHook(Hook):
 
     def _finish(self, exit_code: int) -> None:
         run, self._run = self._run, None
+        if self._stall is not None:
+            self._stall.close()
         if run is not None:
             import wandb
 
             run.finish(exit_code=exit_code)
             wandb.teardown()  # finish may come back before its process has written the file
+
+
+class _StallWatch:
+    """A thread that says, once, that nothing was logged for so long; and again after the next sign of life."""
+
+    def __init__(self, seconds: float, alert: Callable[[str, str, str], None]) -> None:
+        self._seconds, self._alert = seconds, alert
+        self._last = time.monotonic()
+        self._end = threading.Event()
+        threading.Thread(target=self._watch, name="stalls", daemon=True).start()
+
+    def alive(self) -> None:
+        self._last = time.monotonic()
+
+    def close(self) -> None:
+        self._end.set()
+
+    def _watch(self) -> None:
+        told = 0.0  # about the silence since then
+        while not self._end.wait(min(5.0, self._seconds / 4)):
+            last = self._last
+            if last != told and time.monotonic() - last >= self._seconds:
+                told = last
+                self._alert("stalled", f"nothing was logged for {self._seconds:g} seconds", "WARN")
+
+
+def _title(message: str) -> str:
+    """Of an alert: wandb sends no second one of the same title within a minute."""
+    for word, title in (("straggler", "straggler"), ("checkpoint", "checkpoint not saved"), (" is nan", "not finite"),
+                        (" is inf", "not finite"), (" is -inf", "not finite")):  # fmt: skip
+        if word in message:
+            return title
+    return "loss spike" if "loss" in message else "warning"
+
+
+def _last_restart(run_dir: Path) -> str | None:
+    """Why the run was last started again, if this is that start."""
+    if not int(os.environ.get("BIGTRAIN_RESTARTS", "0") or 0):
+        return None
+    with suppress(OSError, ValueError, KeyError, IndexError):
+        line = (run_dir / "restarts.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+        return str(json.loads(line)["cause"])
+    return None
+
+
+def _config_artifact(info: RunInfo, run_id: str) -> Any:
+    """What the run was started with, as its directory has it: without secrets."""
+    import wandb
+
+    artifact = wandb.Artifact(f"config-{run_id}", type="config", metadata={"config_sha256": fingerprint(info.config)})
+    for name in ("config.yaml", "launch.json", "ds_config.json", "engine_config.json"):
+        if (info.run_dir / name).is_file():
+            artifact.add_file(str(info.run_dir / name), name=name)
+    return artifact
+
+
+def _code_artifact() -> Any:
+    """bigtrain's own sources. The same name for every run: wandb keeps each version of them once."""
+    import wandb
+
+    package = Path(__file__).parents[1]
+    artifact = wandb.Artifact("bigtrain-code", type="code", metadata={"code_sha256": code_sha256()})
+    for path in sorted(package.rglob("*.py")):
+        artifact.add_file(str(path), name=str(path.relative_to(package.parent)))
+    return artifact
+
+
+def _checkpoint_artifact(name: str, step: int, path: Path, before: str | None) -> Any:
+    """Where a checkpoint lies, and its manifest, which has the SHA-256 of every file. The files stay where they are."""
+    import wandb
+
+    metadata = {"step": step, "path": str(path), "goes_on_from": before}
+    artifact = wandb.Artifact(name, type="model", metadata=metadata)
+    artifact.add_reference(path.resolve().as_uri(), name=path.name, checksum=False)
+    if (path / "manifest.json").is_file():
+        artifact.add_file(str(path / "manifest.json"), name="manifest.json")
+    return artifact
 
 
 def _run_config(info: RunInfo) -> dict[str, Any]:

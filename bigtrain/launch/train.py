@@ -14,7 +14,7 @@ from bigtrain import config as schema
 from bigtrain.checkpoint import changes
 from bigtrain.checkpoint.changes import Change
 from bigtrain.checkpoint.find import Checkpoint
-from bigtrain.config import LABELLED_TASKS, Config, DeepSpeedConfig
+from bigtrain.config import LABELLED_TASKS, VOCABULARY_MULTIPLE, Config, DeepSpeedConfig, objective_names
 from bigtrain.errors import BigtrainError, ConfigError, unknown_key
 from bigtrain.hardware import Placement
 from bigtrain.launch import Stopped, dryrun, local, ops, pretrained, run_dir
@@ -24,8 +24,6 @@ from bigtrain.redact import redact
 if TYPE_CHECKING:
     from bigtrain.data.examples import PreparedExamples
     from bigtrain.data.shards import Prepared
-
-VOCABULARY_MULTIPLE = 64  # matrix kernels like it; the extra rows are never a target
 
 
 def checked(data: dict[str, Any]) -> Config:
@@ -118,7 +116,7 @@ def _run(
     if asked_to_stop:
         raise Stopped
     if result.get("status") == "stopped":  # at train.stop_at
-        return float(result.get(config.train.objective) or math.nan)
+        return float(result.get(objective_names(config.train.objective)[0].lstrip("-")) or math.nan)
     return objective(result, config.train.objective)
 
 
@@ -152,12 +150,19 @@ def _finished(path: Path, config: Config) -> dict[str, Any] | None:
     return result if result.get("train/steps", 0) >= config.train.steps else None
 
 
-def objective(result: dict[str, Any], name: str) -> float:
-    """The number of result.json that a sweep minimises. Raises ConfigError if there is none of that name."""
+def objective(result: dict[str, Any], names: str | list[str]) -> float:
+    """The number of result.json that a sweep minimises: the first of `names`, all of which must be there.
+
+    Raises ConfigError if there is none of a name, BigtrainError if it is not finite.
+    """
     numbers = {key: value for key, value in result.items() if isinstance(value, (int, float))}
-    if name not in numbers:
-        if result.get(name, 0) is None:
-            raise BigtrainError(f"train.objective={name}: not a finite number in result.json")
-        error = unknown_key(name, numbers)
-        raise ConfigError("train.objective", name, "not in result.json", error.way_out)
-    return float(numbers[name])
+    values = []
+    for name in objective_names(names):
+        key, sign = name.lstrip("-"), -1 if name.startswith("-") else 1
+        if key not in numbers:
+            if result.get(key, 0) is None:
+                raise BigtrainError(f"train.objective={key}: not a finite number in result.json")
+            error = unknown_key(key, numbers)
+            raise ConfigError("train.objective", key, "not in result.json", error.way_out)
+        values.append(sign * float(numbers[key]))
+    return values[0]

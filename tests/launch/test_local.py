@@ -231,8 +231,9 @@ def test_a_sweep_goes_on_after_a_failed_job(command: Command, tmp_path: Path) ->
     assert error.count("\n") == 1
     assert "job 0: model.dim=17: not divisible" in error
     assert "sweep: 2 of 3 jobs finished" in out
-    summary = out[out.index("sweep: 2 of 3") :].splitlines()[1:]
+    summary = out[out.index("sweep: 2 of 3") :].splitlines()[2:5]
     assert [line.split()[0] for line in summary] == ["0", "1", "2"]
+    assert "failed: model.dim=17: not divisible" in summary[0]
     for number, dim in ((1, 16), (2, 32)):
         result = json.loads((tmp_path / "sweep" / str(number) / "result.json").read_text())
         assert f"{result['eval/loss']:.6g}" == summary[number].split()[-1]
