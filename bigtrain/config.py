@@ -509,6 +509,7 @@ class LaunchConfig:
     kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads_per_rank: int | None = None  # None: the node's cores shared out
+    bind_cores: bool = True  # on the CPU each rank on cores of its own, where the ranks fill the node's
     master_port: int | None = None  # None: a free one
     timeout_seconds: int = 1800  # of a collective
     stop_seconds: int = 300  # between asking the ranks to stop and killing them

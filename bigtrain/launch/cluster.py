@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -45,7 +45,7 @@ from bigtrain.launch.supervise import (
     counting_signals,
     die_with,
 )  # fmt: skip
-from bigtrain.provenance import code_sha256, versions
+from bigtrain.provenance import code_sha256, differences, versions
 from bigtrain.redact import HELD_BACK, redact
 
 REPORT_LAG_SECONDS = 1.5  # what an agent sees is known here by then
@@ -161,22 +161,6 @@ def check_clocks(times: Sequence[tuple[str, float]], before: float, after: float
             )
 
 
-def differences(made_with: Mapping[str, Mapping[str, str]]) -> str:
-    """A table of what is not the same on all of them, a column each; empty if everything is."""
-    names = dict.fromkeys(name for each in made_with.values() for name in each)
-    rows = [
-        [name, *(each.get(name, "-") for each in made_with.values())]
-        for name in names
-        if len({each.get(name) for each in made_with.values()}) > 1
-    ]
-    if not rows:
-        return ""
-    rows.insert(0, ["", *made_with])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-                     for row in rows)  # fmt: skip
-
-
 def _placement(config: Config, backend: Backend, hosts: Sequence[str], facts: list[dict[str, Any]]) -> Placement:
     launch = config.launch
     gpus = min(len(fact["gpus"]) for fact in facts)
@@ -215,8 +199,8 @@ def _meet(config: Config, there: Sequence[Node]) -> tuple[str, int, list[str | N
     try:
         (fact,) = nodes.ask([first], "facts", run_dir="/", paths=[], token="-")
         wanted = [launch.master_address] if launch.master_address else fact["addresses"]
-        if len(there) > 1:
-            wanted = [address for address in wanted if not address.startswith("127.")]
+        if len(there) > 1:  # several nodes on one machine without a network are thinkable
+            wanted = [address for address in wanted if not address.startswith("127.")] or wanted
         reached = nodes.ask(there, "reach", addresses=wanted, port=held["port"], seconds=REACH_SECONDS)
     finally:
         nodes.ask([first], "unlisten")

@@ -31,6 +31,14 @@ def way(config: Config, say: Callable[[str], None], shown_only: bool) -> Way:
         from bigtrain.launch.hostfile import Hostfile
 
         return Hostfile(config, say, shown_only)
+    if config.launch.kind == "slurm":
+        from bigtrain.launch.slurm import Slurm
+
+        return Slurm(config, say, shown_only)
+    if config.launch.kind in ("torchrun", "manual", "kubernetes"):
+        from bigtrain.launch.manual import Manual
+
+        return Manual(config, say)
     return Local(config, say)
 
 
