@@ -102,11 +102,14 @@ def _check_changes(config: Config, before: Config | None, found: Checkpoint | No
 def _run(config: Config, way: ways.Way, say: Callable[[str], None], continue_command: Callable[[str], str]) -> float:
     path = Path(config.run_dir)
     try:
-        result, asked_to_stop = way.run(config)
+        ended = way.run(config)
     except KeyboardInterrupt:
         saved = run_dir.has_checkpoint(path)
         say(f"stopped; to continue: {continue_command(str(path))}" if saved else "stopped before anything was saved")
         raise
+    if ended is None:
+        return math.nan
+    result, asked_to_stop = ended
     if result.get("status") == "stopped":
         say(f"stopped at step {result.get('train/steps')}; to continue: {continue_command(str(path))}")
     if asked_to_stop:

@@ -15,8 +15,8 @@ from bigtrain.launch import dryrun, local
 class Way(Protocol):
     placement: Placement
 
-    def run(self, config: Config) -> tuple[dict[str, Any], bool]:
-        """Start the ranks and see them to their end, as `local.run` says it."""
+    def run(self, config: Config) -> tuple[dict[str, Any], bool] | None:
+        """Start the ranks and see them to their end, as `local.run` says it. None: others will start them."""
 
     def show(self, config: Config) -> str:
         """What `run` would start."""
