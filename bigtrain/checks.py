@@ -296,10 +296,20 @@ def _check_launch(config: Config) -> None:
     launch = config.launch
     if launch.ranks is not None and launch.ranks < 1:
         raise ConfigError("launch.ranks", launch.ranks, "at least one rank is needed")
-    for name in ("threads_per_rank", "timeout_seconds", "stop_seconds"):
+    for name in ("threads_per_rank", "timeout_seconds", "stop_seconds", "nodes", "min_nodes", "ssh_seconds"):
         _positive(f"launch.{name}", getattr(launch, name))
-    for name in ("hang_seconds", "restarts"):
+    for name in ("hang_seconds", "restarts", "clock_seconds"):
         _positive(f"launch.{name}", getattr(launch, name), 0)
+    if launch.min_nodes is not None and launch.nodes is not None and launch.min_nodes > launch.nodes:
+        raise ConfigError("launch.min_nodes", launch.min_nodes, f"more than launch.nodes={launch.nodes}")
+    if launch.kind == "hostfile" and launch.hostfile is None:
+        raise ConfigError(
+            "launch.hostfile", None, "launch=hostfile wants one", "launch.hostfile=PATH, lines of `host slots=N`"
+        )
+    if launch.kind in ("local", "dryrun") and (launch.nodes or 1) > 1:
+        raise ConfigError(
+            "launch.nodes", launch.nodes, f"launch={launch.kind} is one machine", "take launch=hostfile or slurm"
+        )
     if launch.master_port is not None and not 1024 <= launch.master_port <= 65535:
         raise ConfigError("launch.master_port", launch.master_port, "must be from 1024 to 65535")
 

@@ -485,11 +485,50 @@ class CompressConfig:
 
 
 @dataclass
+class SlurmConfig:
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: str | None = None  # a limit as sbatch takes it: minutes, or days-hours:minutes:seconds
+    options: list[str] = field(default_factory=list)  # any other of sbatch's: [--exclusive, --mem=64G]
+    poll_seconds: float = 2.0  # between two looks at the job
+
+
+@dataclass
+class KubernetesConfig:
+    image: str = "bigtrain:latest"  # with bigtrain installed
+    namespace: str = "default"
+    name: str | None = None  # None: after the run directory
+    volume_claim: str | None = None  # a PersistentVolumeClaim (ReadWriteMany) that holds run_dir and the data
+    mount_path: str = "/work"  # where it is mounted
+    secret: str | None = None  # a Secret whose keys become variables: WANDB_API_KEY, HF_TOKEN
+    cpu: str | None = None  # requests and limits of each pod, as Kubernetes writes them: "8", "64Gi"
+    memory: str | None = None
+    shared_memory: str = "1Gi"  # /dev/shm
+
+
+@dataclass
 class LaunchConfig:
-    kind: Literal["local", "dryrun"] = "local"
-    ranks: int | None = None  # per node; None: one per GPU, without a GPU one per core up to 2
+    kind: Literal["local", "hostfile", "slurm", "torchrun", "manual", "kubernetes", "dryrun"] = "local"
+    dry_run: bool = False  # only show what would be started
+    ranks: int | None = None  # per node; None: one per GPU, without a GPU one per core up to 2; a hostfile's slots
+    hostfile: str | None = None  # lines of `host slots=N`
+    nodes: int | None = None  # the first so many of the hostfile, all if None; of Slurm and the others: how many
+    min_nodes: int | None = None  # a restart may go on with so many of them; None: with all only
+    runner: Literal["pdsh", "openmpi", "mpich"] = "pdsh"  # what the deepspeed launcher starts the nodes with
+    ssh_config: str | None = None  # a file for ssh -F
+    ssh_port: int | None = None
+    ssh_seconds: int = 10  # for a host to answer
+    clock_seconds: float = 5.0  # that the nodes' clocks may be apart
+    master_address: str | None = None  # None: one of the first node's that every node reaches
+    shared_run_dir: bool = True  # false: nodes do not share run_dir; the run then leaves no checkpoints
+    forward: list[str] = field(default_factory=list)  # variables that go to other nodes, beside WANDB_*, NCCL_* ...
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
+    kubernetes: KubernetesConfig = field(default_factory=KubernetesConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads_per_rank: int | None = None  # None: the node's cores shared out
+    bind_cores: bool = True  # on the CPU each rank on cores of its own, where the ranks fill the node's
     master_port: int | None = None  # None: a free one
     timeout_seconds: int = 1800  # of a collective
     stop_seconds: int = 300  # between asking the ranks to stop and killing them

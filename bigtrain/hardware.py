@@ -31,12 +31,17 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where the ranks of one node run."""
+    """Where the ranks of one node run, and of how many such nodes."""
 
     device: Literal["cpu", "cuda"]
     ranks: int
     threads_per_rank: int
     gpus: tuple[Gpu, ...]  # one per rank; empty on the CPU
+    nodes: int = 1
+
+    @property
+    def world_size(self) -> int:
+        return self.nodes * self.ranks
 
 
 # ------------------------------------------------------------------------------------------ cores and memory

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -30,3 +31,19 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def differences(made_with: Mapping[str, Mapping[str, str]]) -> str:
+    """A table of what is not the same on all of them, a column each; empty if everything is."""
+    names = dict.fromkeys(name for each in made_with.values() for name in each)
+    rows = [
+        [name, *(each.get(name, "-") for each in made_with.values())]
+        for name in names
+        if len({each.get(name) for each in made_with.values()}) > 1
+    ]
+    if not rows:
+        return ""
+    rows.insert(0, ["", *made_with])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                     for row in rows)  # fmt: skip

@@ -331,6 +331,8 @@ class Trainer:
 
     def _save(self, seen: dict[str, float]) -> None:
         """Begin a checkpoint of this step; `seen`: what an evaluation has just found."""
+        if not self.config.launch.shared_run_dir:  # its parts would lie on many machines, a whole one on none
+            return
         heartbeat.phase(heartbeat.SAVING, self.step)
         if self.saver.pending:
             self._publish()

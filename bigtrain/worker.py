@@ -22,15 +22,19 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from bigtrain import config as configuration
 from bigtrain import heartbeat
 from bigtrain.config import LABELLED_TASKS, Config
 from bigtrain.errors import BigtrainError
 from bigtrain.files import write_atomic
-from bigtrain.provenance import versions
+from bigtrain.launch import cores
+from bigtrain.provenance import code_sha256, differences, versions
 from bigtrain.redact import HELD_BACK, redact
+
+if TYPE_CHECKING:
+    from bigtrain.engine.host import HostGroup
 
 LABELS = "labels.json"  # in the run directory: the names of the numbers that a classifier gives
 
@@ -52,6 +56,9 @@ def main() -> None:
         config = read_config(arguments.config, arguments.sha256)
         if config.launch.private:
             os.umask(0o077)
+        if config.launch.device == "cpu" and config.launch.bind_cores:
+            local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or config.launch.ranks or 1)
+            cores.bind(int(os.environ.get("LOCAL_RANK", "0")), local_ranks, config.launch.threads_per_rank or 0)
         run(config, run_dir, terminal, stop, started)
     except BaseException as error:
         record_failure(run_dir, rank, error)
@@ -82,6 +89,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
     train = config.train
     device = start.init_distributed("cuda" if config.launch.device == "cuda" else "cpu", config.launch.timeout_seconds)
     host = HostGroup(config.launch.timeout_seconds)
+    check_same_software(host, terminal)
     heartbeat.phase(heartbeat.BUILDING)
     if train.deterministic:
         torch.use_deterministic_algorithms(True)
@@ -188,6 +196,16 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
         hooks.close()
     host.gather(None)  # nobody leaves before the result is written
     torch.distributed.destroy_process_group()
+
+
+def check_same_software(host: HostGroup, terminal: TextIO) -> None:
+    """Raises BigtrainError on every rank, after a table of the differences on rank 0, if any rank runs other code."""
+    mine = (os.environ.get("BIGTRAIN_HOST", socket.gethostname()), {"code": code_sha256()[:12]} | versions())
+    table = differences({f"rank {rank} on {name}": made for rank, (name, made) in enumerate(host.gather(mine))})
+    if table:
+        if host.rank == 0:
+            print(table, file=terminal)
+        raise BigtrainError("the ranks do not run the same software (the table above says where); install it on all")
 
 
 def read_config(path: Path, sha256: str) -> Config:

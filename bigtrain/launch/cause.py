@@ -42,10 +42,12 @@ def first_cause(run_dir: Path, ending: Ending) -> Cause:
     if ending.hang is not None:
         hang = replace(ending.hang, step=max(ending.hang.step, step or 0))  # heartbeats are written twice a second
         return Cause(
-            describe(hang),
+            describe(hang, ending.where(hang.rank)),
             f"rank {hang.rank} hung ({hang.phase})",
             f"stacks of all ranks in {run_dir}/logs/; if it only needs longer, raise launch.hang_seconds",
         )
+    if ending.lost is not None:
+        return Cause(f"{ending.lost}{at}", ending.lost, _CONTINUES)
     codes = list(ending.ranks.values())
     # A killed launcher takes the ranks with it; where it had a parent (`deepspeed` itself), that one reports success.
     gone = ending.exit_code == -signal.SIGKILL or (codes and ending.exit_code == 0 and _all_killed(codes))
@@ -64,29 +66,30 @@ def first_cause(run_dir: Path, ending: Ending) -> Cause:
             killed = [(unseen[0], number)]
     if killed:
         rank, number = killed[0]
-        return _killed(run_dir, rank, f" by {_signal_name(number)}", at, number)
+        return _killed(run_dir, ending, rank, f" by {_signal_name(number)}", at, number)
     failures = sorted(_read_failures(run_dir), key=lambda failure: failure.get("time", 0.0))
     rank, code = next(iter(ending.ranks.items()), (0, 0))  # the first to end
     if failures and code is None and not failure_file(run_dir, rank).exists():
         # The launcher took its exit status before we saw it; what the others report is an echo.
-        return _killed(run_dir, rank, "", at, signal.SIGKILL)
+        return _killed(run_dir, ending, rank, "", at, signal.SIGKILL)
     if failures:
         first = failures[0]
         error = str(first.get("error"))
         if first.get("expected"):
             return Cause(error, error, users=True)
         return Cause(
-            f"rank {first['rank']} failed{at}: {error}",
+            f"{ending.where(first['rank'])} failed{at}: {error}",
             f"rank {first['rank']} failed: {error}",
             f"traceback in {failure_file(run_dir, first['rank'])}",
             reported=not any(word in error for word in _NETWORK),
         )
     for rank, code in ending.ranks.items():
         if code:
-            what = f"rank {rank} ended with {_signal_name(-code) if code < 0 else f'exit status {code}'}"
+            what = f"{ending.where(rank)} ended with {_signal_name(-code) if code < 0 else f'exit status {code}'}"
             return Cause(f"{what}{at}", what, f"last lines in {run_dir}/logs/rank-{rank}.log")
     if not ending.ranks:
-        what = f"the deepspeed launcher ended with exit status {ending.exit_code} before any rank started"
+        said = f" ({ending.last_words})" if ending.last_words else ""
+        what = f"the launcher ended with exit status {ending.exit_code} before any rank started{said}"
         return Cause(what, what, reported=True)
     return Cause(f"the ranks ended without a result{at}", "no result", f"last lines in {run_dir}/logs/")
 
@@ -95,9 +98,9 @@ def _all_killed(codes: list[int | None]) -> bool:
     return all(code in (None, -signal.SIGKILL) for code in codes) and -signal.SIGKILL in codes
 
 
-def _killed(run_dir: Path, rank: int, by: str, at: str, number: int) -> Cause:
+def _killed(run_dir: Path, ending: Ending, rank: int, by: str, at: str, number: int) -> Cause:
     return Cause(
-        f"rank {rank} was killed{by}{at}{_guess(number)}",
+        f"{ending.where(rank)} was killed{by}{at}{_guess(number)}",
         f"rank {rank} was killed{by}",
         f"last lines in {run_dir}/logs/rank-{rank}.log; {_CONTINUES}",
     )

@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 
@@ -23,6 +23,17 @@ LOOK_SECONDS = 0.5  # between two looks at the heartbeats
 STACKS_SECONDS = 2.0  # for the ranks to write down their stacks
 # A rank in one of these calls waits for another one.
 _WAITING = re.compile(r'File ".*(torch/distributed/|deepspeed/comm/|/bigtrain/engine/host)')
+
+
+class Process(Protocol):
+    """What is needed of a rank: psutil.Process has it, and so has a rank on another node."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def status(self) -> str: ...
+
+    def send_signal(self, sig: int, /) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ class HangDetector:
         self.looked = time.monotonic()
         self.seen = {rank: _Seen({"phase": heartbeat.STARTING, "step": 0}, self.looked) for rank in range(ranks)}
 
-    def look(self, alive: Mapping[int, psutil.Process], ended: set[int]) -> Hang | None:
+    def look(self, alive: Mapping[int, Process], ended: set[int]) -> Hang | None:
         """Whether a rank has been silent for too long. `ended` are ranks that no longer have to answer."""
         now = time.monotonic()
         if not self.hang_seconds or now - self.looked < LOOK_SECONDS:
@@ -89,7 +100,7 @@ class HangDetector:
     def _silence(self, rank: int, now: float) -> float:
         return now - self.seen[rank].at
 
-    def _allowance(self, rank: int, process: psutil.Process | None) -> float:
+    def _allowance(self, rank: int, process: Process | None) -> float:
         """Seconds. A stopped process is not slow: in a slow phase too it gets no more than in a step."""
         factor, least = heartbeat.ALLOWANCES.get(self.seen[rank].record["phase"], (1, 0))
         longest = max(factor * self.hang_seconds, least)
@@ -97,7 +108,7 @@ class HangDetector:
             return self.hang_seconds
         return longest
 
-    def _name(self, alive: Mapping[int, psutil.Process], now: float) -> Hang:
+    def _name(self, alive: Mapping[int, Process], now: float) -> Hang:
         """One rank is stuck and soon all are silent, in a collective that it does not join. It is the one that a
         signal stopped, or that is not waiting in a collective itself, or else that fell silent first."""
         stopped = {rank for rank, process in alive.items() if _is_stopped(process)}
@@ -111,7 +122,7 @@ class HangDetector:
         record = self.seen[rank].record
         return Hang(rank, record["phase"], int(record["step"]), self._silence(rank, now), rank in stopped)
 
-    def _dump_stacks(self, alive: Mapping[int, psutil.Process]) -> dict[int, str]:
+    def _dump_stacks(self, alive: Mapping[int, Process]) -> dict[int, str]:
         """Have the ranks append their stacks to their logs. Returns what each wrote; nothing of one that cannot.
 
         Only a rank with a heartbeat is asked: before that, SIGUSR1 would end it.
@@ -150,7 +161,7 @@ def _waits(stacks: str) -> bool:
     return any(_WAITING.search(frame) for frame in frames)
 
 
-def _is_stopped(process: psutil.Process) -> bool:
+def _is_stopped(process: Process) -> bool:
     with contextlib.suppress(psutil.Error):
         return process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
     return False
@@ -159,7 +170,8 @@ def _is_stopped(process: psutil.Process) -> bool:
 _DOING = {heartbeat.FIRST_STEP: "in its first step", heartbeat.STEP: "in a step"}
 
 
-def describe(hang: Hang) -> str:
+def describe(hang: Hang, who: str = "") -> str:
     how = "was stopped by a signal" if hang.stopped else "hung"
     doing = _DOING.get(hang.phase, hang.phase)
-    return f"rank {hang.rank} {how} while {doing}, after step {hang.step}: no sign of life for {hang.seconds:.0f} s"
+    who = who or f"rank {hang.rank}"
+    return f"{who} {how} while {doing}, after step {hang.step}: no sign of life for {hang.seconds:.0f} s"

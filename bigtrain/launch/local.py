@@ -11,7 +11,7 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ RESTARTS = "BIGTRAIN_RESTARTS"  # in the ranks' environment: how often the run w
 # again: a fifth of a GPT-2 step on CPUs. Keep freed memory instead, in one arena. The small rests of aligned blocks
 # must not wait in the caches for small blocks: the freed tensor beside them could not grow back to its size with
 # them, and the next one like it would find no room but at the end of the heap, step after step.
-_KEEP_FREED_MEMORY = ":".join(
+KEEP_FREED_MEMORY = ":".join(
     f"glibc.malloc.{name}"
     for name in (
         "mmap_max=0", "trim_threshold=1099511627776", "top_pad=268435456", "arena_max=1", "hugetlb=1",
@@ -48,7 +48,7 @@ _KEEP_FREED_MEMORY = ":".join(
 
 # What another launcher (Slurm, torchrun, a surrounding run) may have left in the environment would mislead this one.
 # GPUs are named to the launcher by number instead of CUDA_VISIBLE_DEVICES, which it ignores with a warning.
-_FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE",
+FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE",
             "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "HYDRA_FULL_ERROR")  # fmt: skip
 
 
@@ -87,17 +87,20 @@ def start_of(config: Config, placement: Placement, sha256: str) -> Start:
     if placement.device == "cuda":
         environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # nvidia-smi's numbers
     else:
-        environment["GLIBC_TUNABLES"] = os.environ.get("GLIBC_TUNABLES", _KEEP_FREED_MEMORY)
+        environment["GLIBC_TUNABLES"] = os.environ.get("GLIBC_TUNABLES", KEEP_FREED_MEMORY)
         if "GLOO_SOCKET_IFNAME" not in os.environ and "lo" in psutil.net_if_addrs():
             environment["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo looks up the host's own name, which may lead nowhere
-    return Start(command, environment | config.launch.env, _FOREIGN, port)
+    return Start(command, environment | config.launch.env, FOREIGN, port)
 
 
-def run(config: Config, placement: Placement, say: Callable[[str], None]) -> tuple[dict[str, Any], bool]:
+def run(
+    config: Config, placement: Placement, say: Callable[[str], None],
+    launch_once: Callable[[Config, Placement, int], Launch] | None = None,
+) -> tuple[dict[str, Any], bool]:  # fmt: skip
     """Start the ranks, watch them to the end, and if they fail start them again, as launch.restarts allows.
 
     Returns result.json and whether the run was asked to stop (it may have finished all the same). `say` takes a line
-    for each restart.
+    for each restart. `launch_once` starts them another way than on this machine.
 
     Raises BigtrainError, in one line, for the first cause if they fail, and KeyboardInterrupt if somebody stopped
     them before there was a result.
@@ -105,7 +108,7 @@ def run(config: Config, placement: Placement, say: Callable[[str], None]) -> tup
     run_dir = Path(config.run_dir)
     restarts = Restarts(config)
     while True:
-        launch = _launch(config, placement, restarts.total)
+        launch = (launch_once or _launch)(config, placement, restarts.total)
         ending, result = launch.ending, launch.result
         failed = any(failure_files(run_dir)) or any(ending.ranks.values()) or ending.hang is not None
         asked = ending.signals > 0
@@ -126,13 +129,13 @@ def run(config: Config, placement: Placement, say: Callable[[str], None]) -> tup
 
 
 @dataclass(frozen=True)
-class _Launch:
+class Launch:
     ending: Ending
     result: dict[str, Any] | None  # result.json if this launch wrote it
     ran: bool  # the ranks took a step
 
 
-def _launch(config: Config, placement: Placement, restarts: int) -> _Launch:
+def _launch(config: Config, placement: Placement, restarts: int) -> Launch:
     """Write the config and start the ranks on it, once, on a port of its own."""
     run_dir, text = Path(config.run_dir), dump(config)
     sha256 = hashlib.sha256(text.encode()).hexdigest()
@@ -147,7 +150,7 @@ def _launch(config: Config, placement: Placement, restarts: int) -> _Launch:
     environment = {name: value for name, value in os.environ.items() if name not in start.removed} | start.environment
     environment[HELD_BACK] = json.dumps(held_back(config))  # config.yaml has none of them
     environment[RESTARTS] = str(restarts)
-    before = _identity(run_dir / "result.json")
+    before = identity(run_dir / "result.json")
     segments = Segments(start.port)
 
     def look(alive: Mapping[int, psutil.Process], ended: set[int]) -> Hang | None:
@@ -159,16 +162,8 @@ def _launch(config: Config, placement: Placement, restarts: int) -> _Launch:
         failed=lambda: any(failure_files(run_dir)), look=look,
     )  # fmt: skip
     segments.remove()
-    result = read_result(run_dir) if _identity(run_dir / "result.json") != before else None
-    return _Launch(ending, result, hangs.past_first_step())
-
-
-def resolved(config: Config, placement: Placement) -> Config:
-    """`config` with what `placement` decided filled in, for the ranks to read."""
-    launch = replace(
-        config.launch, device=placement.device, ranks=placement.ranks, threads_per_rank=placement.threads_per_rank
-    )
-    return replace(config, launch=launch)
+    result = read_result(run_dir) if identity(run_dir / "result.json") != before else None
+    return Launch(ending, result, hangs.past_first_step())
 
 
 def free_port() -> int:
@@ -203,7 +198,7 @@ def _record(start: Start, placement: Placement) -> dict[str, Any]:
     }
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def identity(path: Path) -> tuple[int, int] | None:
     """Changes whenever the file is written anew."""
     try:
         status = path.stat()

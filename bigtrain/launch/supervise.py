@@ -45,11 +45,19 @@ class Ending:
     launcher_lost: bool = False  # the launcher ended before its ranks did
     killed: bool = False  # this process had to kill them
     hang: Hang | None = None  # why it did
+    lost: str | None = None  # a host that was cut off or died: which, and what was seen of it
+    last_words: str = ""  # of the launcher, if it was listened to
+    hosts: dict[int, str] = field(default_factory=dict)  # where each rank ran, if not here
+
+    def where(self, rank: object) -> str:
+        """Rank N, with its host if that is not this machine."""
+        host = next((host for number, host in self.hosts.items() if str(number) == str(rank)), None)
+        return f"rank {rank} on {host}" if host else f"rank {rank}"
 
 
 # Given the live ranks and the numbers of those that have ended: a rank that hangs, or None.
 Look = Callable[[Mapping[int, psutil.Process], set[int]], Hang | None]
-_ASKS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+ASKS_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def supervise(
@@ -67,13 +75,13 @@ def supervise(
     is called several times a second, and if it finds a rank that hangs, all are killed.
     """
     ending = Ending()
-    with _counting_signals(ending):
+    with counting_signals(ending):
         launcher = subprocess.Popen(
             command,
             env=environment,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=_die_with(os.getpid()),
+            preexec_fn=die_with(os.getpid()),
         )
         try:
             _watch(launcher, ending, ranks, stop_seconds, failed, look)
@@ -103,19 +111,19 @@ def _watch(
         while True:
             status = launcher.poll()
             if len(workers) < ranks and status is None:
-                for rank, process in _find_workers(launcher.pid).items():
+                for rank, process in find_workers(lambda process: os.getsid(process.pid) == launcher.pid).items():
                     if rank not in workers:
                         workers[rank] = process
                         watch.add(process.pid)
             for rank, process in workers.items():
                 if rank not in ending.ranks:
-                    alive, code = _state(process)
+                    alive, code = state_of(process)
                     if not alive:
                         ending.ranks[rank] = code
             alive_ranks = {rank: process for rank, process in workers.items() if rank not in ending.ranks}
             if status is not None and not ending.launcher_lost:
                 ending.exit_code = status
-                ending.signals += -status in _ASKS_TO_STOP
+                ending.signals += -status in ASKS_TO_STOP
                 if not alive_ranks:
                     return
                 ending.launcher_lost = True
@@ -182,16 +190,14 @@ class _Watch:
 # ------------------------------------------------------------------------------------------- what is running
 
 
-def _find_workers(session: int) -> dict[int, psutil.Process]:
-    """The ranks' own processes in a session: not the launcher, whose arguments name the module too, nor children."""
+def find_workers(belongs: Callable[[psutil.Process], bool]) -> dict[int, psutil.Process]:
+    """The ranks' own processes of a launch: not the launcher, whose arguments name the module too, nor children."""
     found: dict[int, tuple[int, psutil.Process]] = {}
     pids = set()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError, ValueError, KeyError):
-            if os.getsid(process.pid) != session:
-                continue
             arguments = process.cmdline()
-            if ("-m", WORKER) in itertools.pairwise(arguments):
+            if ("-m", WORKER) in itertools.pairwise(arguments) and belongs(process):
                 rank, parent = int(process.environ()["RANK"]), process.ppid()
                 pids.add(process.pid)
                 if rank not in found or found[rank][0] in pids:
@@ -199,7 +205,7 @@ def _find_workers(session: int) -> dict[int, psutil.Process]:
     return {rank: process for rank, (parent, process) in found.items() if parent not in pids}
 
 
-def _state(process: psutil.Process) -> tuple[bool, int | None]:
+def state_of(process: psutil.Process) -> tuple[bool, int | None]:
     """Whether a process (no child of ours) lives, and if it has just died its exit status: -9 for SIGKILL."""
     try:
         if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
@@ -245,7 +251,7 @@ def _end_all(launcher: subprocess.Popen[bytes], launch_id: str, grace_seconds: f
 
 
 @contextlib.contextmanager
-def _counting_signals(ending: Ending) -> Iterator[None]:
+def counting_signals(ending: Ending) -> Iterator[None]:
     """While the ranks run, a signal to this process is a wish, counted here and carried out by the loop."""
 
     def count(_signal: int, _frame: FrameType | None) -> None:
@@ -255,7 +261,7 @@ def _counting_signals(ending: Ending) -> Iterator[None]:
         yield
         return
     before = {}
-    for number in _ASKS_TO_STOP:
+    for number in ASKS_TO_STOP:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup
             before[number] = signal.signal(number, count)
     try:
@@ -265,7 +271,7 @@ def _counting_signals(ending: Ending) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _die_with(parent: int) -> Callable[[], None] | None:
+def die_with(parent: int) -> Callable[[], None] | None:
     """For the launcher's start: have the kernel kill it when this process dies, even by SIGKILL (Linux only).
 
     The ranks see to themselves: they watch BIGTRAIN_PARENT_PID.

@@ -16,8 +16,7 @@ from bigtrain.checkpoint.changes import Change
 from bigtrain.checkpoint.find import Checkpoint
 from bigtrain.config import LABELLED_TASKS, VOCABULARY_MULTIPLE, Config, DeepSpeedConfig, objective_names
 from bigtrain.errors import BigtrainError, ConfigError, unknown_key
-from bigtrain.hardware import Placement
-from bigtrain.launch import Stopped, dryrun, local, ops, pretrained, run_dir
+from bigtrain.launch import Stopped, ops, pretrained, run_dir, ways
 from bigtrain.plan import preflight
 from bigtrain.redact import redact
 
@@ -46,6 +45,7 @@ def checked(data: dict[str, Any]) -> Config:
         run_dir=_absolute(config.run_dir),
         resume=config.resume if config.resume in ("auto", "required", "never") else _absolute(config.resume),
         init_from=_absolute(config.init_from) if config.init_from is not None else None,
+        launch=replace(config.launch, hostfile=_absolute(config.launch.hostfile) if config.launch.hostfile else None),
     )
 
 
@@ -59,14 +59,14 @@ def train(config: Config, say: Callable[[str], None], continue_command: Callable
     `say` takes lines for the person; `continue_command(run_dir)` is what to type to go on after a stop.
     Raises ConfigError or BigtrainError with one line, KeyboardInterrupt if stopped (what was trained is saved).
     """
-    placement = hardware.place(config.launch)
+    shown_only = config.launch.dry_run or config.launch.kind == "dryrun"
+    way = ways.way(config, say, shown_only)
+    placement = way.placement
     hardware.check_precision(config, placement)
-    checks.check_batch(config, placement.ranks)
-    config = local.resolved(config, placement)
-    if config.launch.master_port is not None:
-        local.check_port(config.launch.master_port)
-    if config.launch.kind == "dryrun":
-        say(dryrun.show(config, placement))
+    checks.check_batch(config, placement.world_size)
+    config = ways.resolved(config, placement)
+    if shown_only:
+        say(way.show(config))
         return math.nan
     preflight.check(config, placement)
     path = Path(config.run_dir)
@@ -84,12 +84,12 @@ def train(config: Config, say: Callable[[str], None], continue_command: Callable
         listed = _check_changes(config, before, found)
         if found is not None:
             changes.check_tokenizer(found.path.parents[1], config.data.prepared_dir)
-            if block := changes.listing(listed, found, placement.ranks):
+            if block := changes.listing(listed, found, placement.world_size):
                 say(block)
         ops.prepare(config, placement.device)
         with run_dir.readable_errors(path):
             preflight.write(config, path)
-        return _run(config, placement, say, continue_command)
+        return _run(config, way, say, continue_command)
 
 
 def _check_changes(config: Config, before: Config | None, found: Checkpoint | None) -> list[Change]:
@@ -101,16 +101,17 @@ def _check_changes(config: Config, before: Config | None, found: Checkpoint | No
     return changes.check(saved, config, None if own else config.resume)
 
 
-def _run(
-    config: Config, placement: Placement, say: Callable[[str], None], continue_command: Callable[[str], str]
-) -> float:
+def _run(config: Config, way: ways.Way, say: Callable[[str], None], continue_command: Callable[[str], str]) -> float:
     path = Path(config.run_dir)
     try:
-        result, asked_to_stop = local.run(config, placement, say)
+        ended = way.run(config)
     except KeyboardInterrupt:
         saved = run_dir.has_checkpoint(path)
         say(f"stopped; to continue: {continue_command(str(path))}" if saved else "stopped before anything was saved")
         raise
+    if ended is None:
+        return math.nan
+    result, asked_to_stop = ended
     if result.get("status") == "stopped":
         say(f"stopped at step {result.get('train/steps')}; to continue: {continue_command(str(path))}")
     if asked_to_stop:

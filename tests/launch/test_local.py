@@ -268,6 +268,6 @@ for turn in range(20):
 after = resource.getrusage(resource.RUSAGE_SELF)
 print(after.ru_minflt - before.ru_minflt)
 """
-    environment = {**os.environ, "GLIBC_TUNABLES": local._KEEP_FREED_MEMORY}
+    environment = {**os.environ, "GLIBC_TUNABLES": local.KEEP_FREED_MEMORY}
     faults = int(subprocess.check_output([sys.executable, "-c", script], env=environment, text=True))
     assert faults < 2000  # 16 tensors of 16,384 pages

@@ -1,0 +1,68 @@
+"""The ways in which a run's ranks come to life, by `launch.kind`: where they run, how to start them, how to show it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Protocol
+
+from bigtrain import hardware
+from bigtrain.config import Config
+from bigtrain.hardware import Placement
+from bigtrain.launch import dryrun, local
+
+
+class Way(Protocol):
+    placement: Placement
+
+    def run(self, config: Config) -> tuple[dict[str, Any], bool] | None:
+        """Start the ranks and see them to their end, as `local.run` says it. None: others will start them."""
+
+    def show(self, config: Config) -> str:
+        """What `run` would start."""
+
+
+def way(config: Config, say: Callable[[str], None], shown_only: bool) -> Way:
+    """Look where the ranks would run. Raises ConfigError or BigtrainError where they cannot.
+
+    `shown_only`: nothing but this machine's own files is asked.
+    """
+    if config.launch.kind == "hostfile":
+        from bigtrain.launch.hostfile import Hostfile
+
+        return Hostfile(config, say, shown_only)
+    if config.launch.kind == "slurm":
+        from bigtrain.launch.slurm import Slurm
+
+        return Slurm(config, say, shown_only)
+    if config.launch.kind in ("torchrun", "manual", "kubernetes"):
+        from bigtrain.launch.manual import Manual
+
+        return Manual(config, say)
+    return Local(config, say)
+
+
+def resolved(config: Config, placement: Placement) -> Config:
+    """`config` with what `placement` decided filled in, for the ranks to read."""
+    launch = replace(
+        config.launch, device=placement.device, ranks=placement.ranks, threads_per_rank=placement.threads_per_rank
+    )
+    if placement.nodes > 1:
+        launch = replace(launch, nodes=placement.nodes)
+    return replace(config, launch=launch)
+
+
+class Local:
+    """Ranks on this machine."""
+
+    def __init__(self, config: Config, say: Callable[[str], None]) -> None:
+        self.say = say
+        self.placement = hardware.place(config.launch)
+        if config.launch.master_port is not None:
+            local.check_port(config.launch.master_port)
+
+    def run(self, config: Config) -> tuple[dict[str, Any], bool]:
+        return local.run(config, self.placement, self.say)
+
+    def show(self, config: Config) -> str:
+        return dryrun.show(config, self.placement)
