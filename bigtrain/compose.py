@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from bigtrain.config import GROUPS, Config, kinds, union_members
+from bigtrain.config import GROUPS, CompressConfig, Config, kinds, union_members
 from bigtrain.errors import BigtrainError, ConfigError, nearest
 from bigtrain.redact import redact
 
@@ -273,4 +273,7 @@ def _register() -> None:
             for kind in kinds(cls) or ("default",):
                 node = asdict(cls()) | ({"kind": kind} if kinds(cls) else {})
                 store.store(name=f"_{kind}", group=field.name, node=node)
+    for part, hint in get_type_hints(CompressConfig).items():  # null or a section: each in files of its own
+        (cls,) = union_members(hint)
+        store.store(name=f"_{part}", group="compress", node={part: asdict(cls())})
     store.store(name="_config", node={name: value for name, value in defaults.items() if name not in GROUPS})

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from bigtrain.compress_config import CompressConfig
 from bigtrain.errors import ConfigError, unknown_key
 from bigtrain.redact import differences, redact
 
@@ -457,12 +458,7 @@ class TrainConfig:
     objective: str = "eval/loss"  # the number of result.json that a sweep minimises
 
 
-# -------------------------------------------------------------------------------- compress, launch, logger
-
-
-@dataclass
-class CompressConfig:
-    """Which transforms change the model while it trains. None yet."""
+# ------------------------------------------------------------------------------------------ launch, logger
 
 
 @dataclass
@@ -583,7 +579,7 @@ def _build(hint: Any, data: Any, path: str) -> Any:
 def _value(hint: Any, value: Any, path: str) -> Any:
     """Check (and where nothing is lost, convert) one value: 1e-3 read as text and 3 for a float are meant well."""
     if union_members(hint):
-        return _build(hint, value, path)
+        return None if value is None and type(None) in get_args(hint) else _build(hint, value, path)
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from bigtrain import guards, heartbeat
 from bigtrain.batch import Batch, count_tokens
 from bigtrain.checkpoint import Checkpoint, Keep, changes, facts, resolve_resume
 from bigtrain.checkpoint import store as checkpoint_store
+from bigtrain.compress.base import Transform
 from bigtrain.config import Config
 from bigtrain.data.example_loader import Share
 from bigtrain.engine.base import Engine, StepOutcome
@@ -48,9 +49,13 @@ class Trainer:
         hooks: Hooks,
         info: RunInfo,
         stop: Event,
+        transforms: Sequence[Transform] = (),
     ) -> None:
         self.config, self.run_dir, self.info = config, run_dir, info
         self.engine, self.host, self.task, self.hooks = engine, host, task, hooks
+        self.transforms, self.loss = transforms, task.loss
+        for transform in transforms:
+            self.loss = transform.loss(self.loss)
         self.train_data: TrainLoader = task.train_loader(share)
         self.held_out = task.held_out(share)
         self.held_out_sample = task.held_out(share, config.train.eval_batches)
@@ -62,9 +67,7 @@ class Trainer:
         self.saved_step = -1
         train = config.train
         keep = Keep(train.keep_checkpoints, train.keep_every, train.keep_best)
-        self.saver = checkpoint_store.Saver(
-            run_dir, engine, host, keep, later=train.async_save, encrypted=train.encryption
-        )
+        self.saver = checkpoint_store.Saver(run_dir, engine, host, keep, train.async_save, train.encryption, transforms)
         self.save_stall_seconds, self.failed_saves = 0.0, 0  # of this session
         self.train_seconds = 0.0  # over all sessions of the run
         self.last_metrics: dict[str, float] = {}
@@ -73,7 +76,7 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` was saved."""
         with refusals(checkpoint.path):
-            checkpoint_store.load(checkpoint, self.engine)
+            checkpoint_store.load(checkpoint, self.engine, self.transforms)
         manifest, batch = checkpoint.manifest, self.config.train.global_batch
         self.step = self.saved_step = checkpoint.step
         self.tokens = manifest["tokens"]
@@ -99,7 +102,7 @@ class Trainer:
         train = self.config.train
         self.session_started = time.perf_counter() - self.train_seconds
         self.hooks.on_start(self.info)
-        self.engine.model.train()
+        self._begin()
         window = _Window(self.engine.device)
         with ThreadPoolExecutor(1, "loader") as loader:
             upcoming = self._prefetch(loader, self.step)
@@ -129,6 +132,8 @@ class Trainer:
                     window.clear()
                     continue
                 self.step += 1
+                for transform in self.transforms:
+                    transform.update(self.step)
                 doing = heartbeat.STEP
                 self.tokens += int(tokens)
                 window.tokens += tokens
@@ -154,6 +159,11 @@ class Trainer:
             self.hooks.on_evaluate(self.step, metrics)
             result |= metrics
         return result | self._summary()
+
+    def _begin(self) -> None:
+        self.engine.model.train()
+        for transform in self.transforms:
+            transform.begin(self.step)
 
     def _seconds(self) -> float:
         return time.perf_counter() - self.session_started
@@ -182,7 +192,7 @@ class Trainer:
         data_step, random = self.guard.data_step(self.step), guards.RandomState.now(engine.device)
         step = guards.Step(self.step, micro_batches, lambda: self.train_data.samples(data_step), 1 / targets, random)
         if self.guard.replays(self.step):
-            guards.check_replay(step, engine, self.task.loss, self.host)
+            guards.check_replay(step, engine, self.loss, self.host)
         nll = self._forward_backward(step)
         window.steps += 1
         if policy != "off" or self._logs(self.step + 1):
@@ -215,13 +225,13 @@ class Trainer:
             heartbeat.beat()
             on_device = {name: tensor.to(self.engine.device, non_blocking=True) for name, tensor in batch.items()}
             last = index == len(step.micro_batches) - 1
-            nll += self.engine.forward_backward(self.task.loss, on_device, step.scale, last).nll
+            nll += self.engine.forward_backward(self.loss, on_device, step.scale, last).nll
         return nll
 
     def _not_finite(self, name: str, value: float, step: guards.Step) -> str | None:
         """What is wrong and where, if the run can go on without this update (which nobody made). None: nothing is."""
         train, number = self.config.train, step.number + 1
-        where = guards.diagnose(step, self.engine, self.task.loss, self.host)
+        where = guards.diagnose(step, self.engine, self.loss, self.host)
         if not where and name == "train/grad_norm" and train.precision == "fp16":
             return None  # the scaled gradients did not fit, as happens until the loss scale has found its size
         problem = f"{name} is {value}, {where or 'and was finite when the batch was run again: a hardware fault?'}"
@@ -245,8 +255,9 @@ class Trainer:
             return False
         left, guard = self.step, self.guard
         bad, left_out, spikes = guard.data_step(left), guard.left_out, guard.spikes
-        checkpoint_store.load(found, self.engine)
+        checkpoint_store.load(found, self.engine, self.transforms)
         self.step = self.saved_step = found.step
+        self._begin()
         self.tokens = found.manifest["tokens"]
         guard.load_state(found.manifest.get("guard", {}))
         guard.left_out, guard.spikes = left_out, spikes  # all of it is data after that checkpoint
@@ -272,6 +283,8 @@ class Trainer:
             metrics["train/grad_norm"] = float(outcome.grad_norm)
         if self.info.peak_flops:
             metrics["perf/mfu"] = self.info.flops_per_token * tokens_per_second / self.info.peak_flops
+        for transform in self.transforms:
+            metrics |= transform.metrics()
         self.throughput.append(tokens_per_second)
         self.last_metrics = metrics
         if self.host.rank == 0:
@@ -356,7 +369,8 @@ class Trainer:
     def _summary(self) -> dict[str, Any]:
         ordered = sorted(self.throughput)
         loss = self.last_metrics.get("train/loss", math.nan)
-        return {
+        compressed = {name: value for name, value in self.last_metrics.items() if name.startswith("compress/")}
+        return compressed | {
             "train/loss": loss if math.isfinite(loss) else None,
             "train/steps": self.step,
             "train/dropped_updates": self.guard.dropped,

@@ -66,7 +66,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
     """Build this rank's parts from the config and train."""
     import torch
 
-    from bigtrain import models, tasks
+    from bigtrain import compress, models, tasks
     from bigtrain.checkpoint import store, transfer
     from bigtrain.data.example_loader import Share
     from bigtrain.engine import optimizers, start
@@ -83,6 +83,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
     heartbeat.phase(heartbeat.BUILDING)
     torch.use_deterministic_algorithms(train.deterministic)
     task = tasks.build(config)
+    transforms = compress.build(config)
     parameters = trained = 0
 
     def build_model() -> torch.nn.Module:
@@ -98,6 +99,8 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
         if train.lora.rank:
             add_lora(model, train.lora)
         optimizers.freeze(model, train.freeze)
+        for transform in transforms:
+            model = transform.apply(model) or model
         trained = sum(
             getattr(parameter, "ds_numel", parameter.numel())
             for parameter in model.parameters()
@@ -108,6 +111,8 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
         return model
 
     built = start.build(config, build_model, device)
+    for transform in transforms:
+        transform.attach(built, host)
     torch.manual_seed(train.seed * 100_003 + host.rank)  # dropout differs from rank to rank
     resumed, damaged = store.choose(run_dir, config.resume, host)
     if host.rank == 0:
@@ -138,6 +143,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
         engine=built,
         host=host,
         task=task,
+        transforms=transforms,
         share=share,
         hooks=hooks,
         info=info,
