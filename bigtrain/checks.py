@@ -8,6 +8,7 @@ from bigtrain.config import (
     AdafactorConfig,
     AdamW8bitConfig,
     AdamWConfig,
+    ClassificationConfig,
     Config,
     DecoderConfig,
     EncoderConfig,
@@ -36,6 +37,7 @@ def check(config: Config) -> None:
     _check_optimization(config)
     _check_train(config)
     _check_launch(config)
+    _check_distil(config)
 
 
 def _positive(path: str, value: float | None, least: float = 1) -> None:
@@ -272,6 +274,55 @@ def _check_guard(train: TrainConfig) -> None:
             "train.guard.replay_every", guard.replay_every, "two runs of a micro-batch may rightly differ",
             "set train.deterministic=true",
         )  # fmt: skip
+
+
+def _check_distil(config: Config) -> None:
+    """What can be told without the teacher; `compress/teacher.py` looks at that one once the data are prepared."""
+    distil, task, at = config.compress.distil, config.task, "compress.distil"
+    if distil is None:
+        return
+    if not distil.teacher:
+        way_out = "name a run, a Hugging Face directory or a hub model"
+        raise ConfigError(f"{at}.teacher", distil.teacher, "missing", way_out)
+    if not 0 <= distil.alpha <= 1:
+        raise ConfigError(f"{at}.alpha", distil.alpha, "must be from 0 to 1")
+    if not 0 < distil.temperature < float("inf"):
+        raise ConfigError(f"{at}.temperature", distil.temperature, "must be above 0")
+    for name in ("logits", "hidden", "attention", "cache_top_k"):
+        _positive(f"{at}.{name}", getattr(distil, name), 0)
+    deep = "hidden" if distil.hidden else "attention" if distil.attention else ""
+    if not (distil.logits or deep):
+        raise ConfigError(f"{at}.logits", distil.logits, "nothing is learned from the teacher", "raise a weight")
+    if task.kind == "question_answering":
+        raise ConfigError(at, task.kind, "is not for this task: its answers are spans", "set compress=[]")
+    if deep and task.kind == "translation":
+        raise ConfigError(f"{at}.{deep}", getattr(distil, deep), "an encoder-decoder has two stacks of layers")
+    if distil.attention and (isinstance(config.model, HuggingFaceConfig) or getattr(config.model, "unpadded", False)):
+        what = "model=hf has layers of other names" if config.model.kind == "hf" else "model.unpadded packs texts"
+        raise ConfigError(f"{at}.attention", distil.attention, what, "set it to 0")
+    if isinstance(task, ClassificationConfig) and task.adversarial != "none":
+        raise ConfigError("task.adversarial", task.adversarial, "the teacher sees the text as it is")
+    if config.train.compile:
+        raise ConfigError("train.compile", True, "the teacher's part goes through hooks", "set it to false")
+    if distil.teacher_sharded and isinstance(config.engine, AccelerateConfig):
+        raise ConfigError(f"{at}.teacher_sharded", True, "is ZeRO-3's work", "take engine=zero3, or set it to false")
+    if distil.cache_top_k:
+        _check_cached(config, deep)
+
+
+def _check_cached(config: Config, deep: str) -> None:
+    """Only what is the same each time a sample comes can be kept."""
+    assert config.compress.distil is not None
+    k, task = config.compress.distil.cache_top_k, config.task
+    changing = task.kind == "masked_lm" or (isinstance(task, ClassificationConfig) and task.token_dropout)
+    regression = isinstance(task, ClassificationConfig) and task.regression
+    for problem in (
+        "other tokens are masked each time" if changing else "",
+        "a regression has no tokens to choose from" if regression else "",
+        f"compress.distil.{deep} looks inside the teacher" if deep else "",
+    ):
+        if problem:
+            raise ConfigError("compress.distil.cache_top_k", k, problem, "set it to 0")
 
 
 def _check_launch(config: Config) -> None:

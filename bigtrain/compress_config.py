@@ -33,8 +33,26 @@ class PruneConfig:
     scope: Literal["global", "layer"] = "global"  # whether weights compete across layers or within each
     pattern: str | None = None  # N:M, at most N of each M neighbours in a row are kept: "2:4", "4:8"; null: anywhere
     include: list[str] = field(default_factory=lambda: ["*"])  # patterns of linear layers' names
-    exclude: list[str] = field(default_factory=lambda: ["head", "*_head", "lm_head"])
+    exclude: list[str] = field(default_factory=lambda: ["*head", "*head.*", "*classifier*", "*qa_outputs"])
     schedule: RampConfig = field(default_factory=RampConfig)
+
+
+@dataclass
+class DistilConfig:
+    """Learn from a larger, trained model besides the data (arXiv 1503.02531). The loss is
+    (1 - alpha) * the task's + alpha * (logits * T^2 KL + hidden * distance + attention * KL)."""
+
+    teacher: str | None = None  # a run, a Hugging Face directory or a hub model, with the same tokenizer
+    alpha: float = 0.5
+    temperature: float = 2.0
+    logits: float = 1.0  # weight of the divergence from the teacher's distributions
+    hidden: float = 0.0  # weight of the distance between hidden states after layers that belong together
+    hidden_distance: Literal["mse", "cosine"] = "mse"
+    attention: float = 0.0  # weight of the relations among queries, keys and values (MiniLMv2, arXiv 2012.15828)
+    layers: list[int] = field(default_factory=list)  # the teacher's for each of the student's; empty: evenly spread
+    init_from_teacher: bool = False  # start with the teacher's weights, those layers' among them
+    teacher_sharded: bool = False  # the teacher over all ranks as ZeRO-3 has it, instead of whole on each
+    cache_top_k: int = 0  # keep the teacher's K likeliest tokens of each sample in data.cache_dir; 0: ask every time
 
 
 @dataclass
@@ -42,3 +60,14 @@ class CompressConfig:
     """Which transforms change the model while it trains: `compress=[prune_global,...]`, a file each."""
 
     prune: PruneConfig | None = None
+    distil: DistilConfig | None = None
+
+
+def n_of_m(pattern: str | None) -> tuple[int, int] | None:
+    """(N, M) of "N:M". Raises ValueError for another text, or where not 0 < N < M."""
+    if pattern is None:
+        return None
+    n, m = (int(part) for part in pattern.split(":"))
+    if not 0 < n < m:
+        raise ValueError(pattern)
+    return n, m

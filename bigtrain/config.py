@@ -125,6 +125,7 @@ class PretrainedConfig:
     kind: Literal["pretrained"] = "pretrained"
     path: str | None = None
     max_seq_len: int | None = None  # shorter sequences than the model could take
+    n_layers: int | None = None  # fewer: the first ones' weights, or with compress.distil.init_from_teacher others
     dropout: float | None = None
     unpadded: bool | None = None  # of an encoder
 

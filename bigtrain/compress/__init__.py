@@ -20,4 +20,8 @@ def build(config: Config) -> list[Transform]:
         from bigtrain.compress.prune import Prune
 
         found.append(Prune(config.compress.prune))
+    if config.compress.distil is not None:
+        from bigtrain.compress.distil import Distil
+
+        found.append(Distil(config))
     return found
