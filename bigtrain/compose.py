@@ -16,7 +16,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from bigtrain.config import GROUPS, CompressConfig, Config, kinds, union_members
+from bigtrain.compress_config import CompressConfig
+from bigtrain.config import GROUPS, Config, kinds, union_members
 from bigtrain.errors import BigtrainError, ConfigError, nearest
 from bigtrain.redact import redact
 

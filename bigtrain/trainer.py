@@ -19,7 +19,7 @@ from bigtrain import guards, heartbeat
 from bigtrain.batch import Batch, count_tokens
 from bigtrain.checkpoint import Checkpoint, Keep, changes, facts, resolve_resume
 from bigtrain.checkpoint import store as checkpoint_store
-from bigtrain.compress.base import Transform
+from bigtrain.compress.base import LossFunction, Transform
 from bigtrain.config import Config
 from bigtrain.data.example_loader import Share
 from bigtrain.engine.base import Engine, StepOutcome
@@ -53,7 +53,8 @@ class Trainer:
     ) -> None:
         self.config, self.run_dir, self.info = config, run_dir, info
         self.engine, self.host, self.task, self.hooks = engine, host, task, hooks
-        self.transforms, self.loss = transforms, task.loss
+        self.transforms = transforms
+        self.loss: LossFunction = task.loss
         for transform in transforms:
             self.loss = transform.loss(self.loss)
         self.train_data: TrainLoader = task.train_loader(share)
