@@ -37,6 +37,7 @@ class DecoderConfig:
     n_layers: int = 4
     n_heads: int = 4
     n_kv_heads: int | None = None  # None: as many as n_heads (no grouped-query attention)
+    head_dim: int | None = None  # None: dim / n_heads
     ffn_dim: int | None = None  # None: 4 * dim
     vocab_size: int | None = None  # None: the tokenizer's, rounded up to a multiple of 64
     max_seq_len: int = 256
@@ -59,6 +60,7 @@ class EncoderConfig:
     dim: int = 256
     n_layers: int = 4
     n_heads: int = 4
+    head_dim: int | None = None  # None: dim / n_heads
     ffn_dim: int | None = None  # None: 4 * dim
     vocab_size: int | None = None  # None: the tokenizer's, rounded up to a multiple of 64
     max_seq_len: int = 128
@@ -307,6 +309,7 @@ class DeepSpeedConfig:
     bucket_mib: int = 50  # reduce and all-gather bucket
     overlap_comm: bool = True
     zero_init: bool = True  # stage 3: parameters are born sharded
+    quantized_communication: bool = False  # stage 3 on GPUs: ZeRO++ (arXiv 2306.10209), int8 weights, int4 gradients
     deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through into ds_config, checked key by key
 
 
@@ -681,6 +684,11 @@ def fingerprint(config: Config) -> str:
 
 
 # ---------------------------------------------------------------------------------------- derived numbers
+
+
+def head_dim(model: OurModelConfig) -> int:
+    """Columns of a query, key or value of one attention head."""
+    return getattr(model, "head_dim", None) or model.dim // model.n_heads
 
 
 def micro_batch(config: Config, world_size: int) -> int:
