@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -282,12 +282,7 @@ def evaluate(
     out: Path | None,
 ) -> None:  # fmt: skip
     """Measure the model of RUN: a table with confidence intervals, metrics.json and predictions.jsonl."""
-    pairs: dict[str, str | int] = {}
-    for column in columns:
-        name, equals, value = column.partition("=")
-        if not equals or not value:
-            raise click.UsageError(f"--column {column}: NAME=COLUMN is wanted")
-        pairs[name] = int(value) if value.isdigit() else value  # a file without a header: columns by number
+    pairs = _columns(columns)
     from bigtrain import evaluate as evaluation
     from bigtrain.checkpoint import inference
 
@@ -297,6 +292,16 @@ def evaluate(
     )  # fmt: skip
     click.echo(evaluation.table(metrics))
     click.echo(written)
+
+
+def _columns(columns: tuple[str, ...]) -> dict[str, str | int]:
+    pairs: dict[str, str | int] = {}
+    for column in columns:
+        name, equals, value = column.partition("=")
+        if not equals or not value:
+            raise click.UsageError(f"--column {column}: NAME=COLUMN is wanted")
+        pairs[name] = int(value) if value.isdigit() else value  # a file without a header: columns by number
+    return pairs
 
 
 @command.command()
@@ -313,6 +318,35 @@ def export(run: Path, format: str, out: Path, encrypt: bool, key_file: str | Non
     from bigtrain.export import export as write
 
     click.echo(write(run, out, encrypt, EncryptionConfig(key_file, key_env)))
+
+
+@command.command()
+@click.argument("run", type=RUN)
+@click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to make; new or empty.")
+@click.option("--by", default="taylor", show_default=True, type=click.Choice(["magnitude", "taylor", "activation"]),
+              help="What tells which heads, neurons, layers and columns matter.")  # fmt: skip
+@click.option("--calibration-batches", default=8, show_default=True, type=click.IntRange(min=1))
+@click.option("--recover-steps", default=0, show_default=True, type=click.IntRange(min=0), help="Train on so long.")
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Of that; default: RUN's own.")
+@click.option("--distil", is_flag=True, help="Let it learn from the dense model too.")
+@click.option("--task", help="What a Hugging Face directory is for; default: as its config.json says.")
+@click.option("--data", multiple=True, help="... and its data; may repeat. Default: the standard library's source.")
+@click.option("--held-out", multiple=True, help="... and what to measure on. Default: a part of --data.")
+@click.option("--column", "columns", multiple=True, metavar="NAME=COLUMN", help="Which column holds text, label ...")
+@click.option("--watts", type=click.FloatRange(min=0, min_open=True), help="Of this machine at work, for energy.")
+@click.option("--compile", is_flag=True, help="Time what torch.compile makes of the models.")
+def compress(run: Path, recipes: tuple[str, ...], out: Path, columns: tuple[str, ...], **options: Any) -> None:
+    """Make the model of RUN (or of a Hugging Face directory) smaller by each RECIPE, and measure what comes of it.
+
+    A recipe is steps joined by +: heads=0.25, neurons=0.5, layers=2, dim=64 (a fraction or a number), magnitude=0.5,
+    wanda=0.5, nm=2:4, int8, int4, int8_dynamic.
+    """
+    from bigtrain.compress import command as compression
+
+    given = compression.Options(columns=tuple(_columns(columns).items()), **options)
+    compression.run(run, recipes, out, given, click.echo)
+    click.echo(out / "index.html")
 
 
 @command.command()
