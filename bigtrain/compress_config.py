@@ -56,11 +56,35 @@ class DistilConfig:
 
 
 @dataclass
+class QuantizeConfig:
+    """Quantization-aware training: linear layers compute with weights rounded to integers (`compress/quantize.py`)."""
+
+    bits: int = 8  # 8, 4 or 2, of a weight
+    group_size: int | None = None  # weights of a row that share a scale; null: the whole row
+    activations: bool = False  # int8 inputs too, with a scale for each token; bits=8
+    start: int = 0  # the optimizer step after which training sees quantized weights
+    freeze: int | None = None  # the step after which scales stay as they are; null: they follow the weights
+    include: list[str] = field(default_factory=lambda: ["*"])  # patterns of linear layers' names
+    exclude: list[str] = field(default_factory=lambda: ["*head", "*head.*", "*classifier*", "*qa_outputs"])
+
+
+@dataclass
+class Float8Config:
+    """Matmuls of linear layers in float8, forward and backward, on GPUs that have it (`compress/float8.py`)."""
+
+    recipe: Literal["tensorwise", "rowwise", "rowwise_with_gw_hp"] = "tensorwise"  # whose scale is whose; torchao's
+    include: list[str] = field(default_factory=lambda: ["*"])  # patterns of linear layers' names
+    exclude: list[str] = field(default_factory=lambda: ["*head", "*head.*", "*classifier*", "*qa_outputs"])
+
+
+@dataclass
 class CompressConfig:
     """Which transforms change the model while it trains: `compress=[prune_global,...]`, a file each."""
 
     prune: PruneConfig | None = None
     distil: DistilConfig | None = None
+    quantize: QuantizeConfig | None = None
+    float8: Float8Config | None = None
 
 
 def n_of_m(pattern: str | None) -> tuple[int, int] | None:

@@ -24,4 +24,12 @@ def build(config: Config) -> list[Transform]:
         from bigtrain.compress.distil import Distil
 
         found.append(Distil(config))
+    if config.compress.quantize is not None:
+        from bigtrain.compress.quantize import Quantize
+
+        found.append(Quantize(config.compress.quantize))
+    if config.compress.float8 is not None:
+        from bigtrain.compress.float8 import Float8
+
+        found.append(Float8(config.compress.float8))
     return found
