@@ -232,7 +232,8 @@ def _full_errors() -> Iterator[None]:
 def _missing(error: Any) -> BigtrainError:
     """A group choice that does not exist, with the nearest one that does."""
     group, _, choice = str(error.missing_cfg_file or "").rpartition("/")
-    options = sorted(name for name in error.options or () if not name.startswith("_"))
+    found = error.options or (choices(group) if group in GROUPS else ())  # of one in a list Hydra gives none
+    options = sorted(name for name in found if not name.startswith("_"))
     if not group or not options:
         return UsageError(_first_lines(error))
     near = nearest(choice, options)

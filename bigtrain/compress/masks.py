@@ -105,7 +105,7 @@ class Masks:
     # ---------------------------------------------------------------------------------------------- on disk
 
     def packed(self) -> dict[str, Tensor]:
-        """{weight's name: (numel / 8,) uint8} on every rank: a bit for each, 1 for a kept one, in the weight's order."""
+        """{weight's name: (numel / 8,) uint8} on every rank: a bit for each in the weight's order, 1: kept."""
         found = {}
         for layer in self.layers:
             numel = layer.shape.numel()

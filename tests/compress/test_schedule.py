@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 
 from bigtrain.compress.schedule import fraction, moves
@@ -19,7 +21,9 @@ def test_it_rises_from_nothing_to_all(ramp: RampConfig) -> None:
     assert values == sorted(values)
     assert values[-1] == 1.0
     assert all(value == 0 for value in values[: max(ramp.begin, 1)])
-    assert [moves(ramp, step) for step in range(1, 40)] == [after > before for before, after in zip(values, values[1:])]
+    assert [moves(ramp, step) for step in range(1, 40)] == [
+        after > before for before, after in itertools.pairwise(values)
+    ]
 
 
 def test_where_it_stands() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import partial
 
 import pytest
@@ -28,7 +29,7 @@ def test_it_chooses_what_a_stable_sort_would(kind: str, count: int) -> None:
     """Cut into pieces of three makers, as ranks would hold them; the reduction is counted, and never large."""
     whole = keys(kind)
     bounds = [0, 1, 700, 701, 3000, 5000]
-    pieces = [select.Piece(partial(lambda a, b: whole[a:b], a, b), a) for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces = [select.Piece(partial(lambda a, b: whole[a:b], a, b), a) for a, b in itertools.pairwise(bounds)]
     reductions = []
 
     def total(counts: torch.Tensor) -> torch.Tensor:
