@@ -68,12 +68,12 @@ class Prune(Transform):
 
     def begin(self, step: int) -> None:
         if step == 0 and self._due(0):
-            self._prune(fraction(self.config.schedule, 0))
+            self.choose(fraction(self.config.schedule, 0))
         self._listen(step)
 
     def update(self, step: int) -> None:
         if self._due(step):
-            self._prune(fraction(self.config.schedule, step))
+            self.choose(fraction(self.config.schedule, step))
         self._listen(step)
 
     def metrics(self) -> dict[str, float]:
@@ -132,7 +132,7 @@ class Prune(Transform):
     # ------------------------------------------------------------------------------------------------ which
 
     @torch.no_grad()
-    def _prune(self, share: float) -> None:
+    def choose(self, share: float) -> None:
         """Choose anew which weights are pruned, `share` of the final sparsity of them; all ranks together."""
         if self.pattern or self.config.method == "wanda":
             for layer in self.layers:
