@@ -306,18 +306,39 @@ def _columns(columns: tuple[str, ...]) -> dict[str, str | int]:
 
 @command.command()
 @click.argument("run", type=RUN)
-@click.option("--format", "format", default="huggingface", show_default=True, type=click.Choice(["huggingface"]))
+@click.option(
+    "--format", "format", default="huggingface", show_default=True,
+    type=click.Choice(["huggingface", "compressed-tensors", "torchao", "onnx"]),
+)  # fmt: skip
+@click.option(
+    "--quantize", type=click.Choice(["int8_dynamic", "int8", "int4"]),
+    help="What to make of the weights, in a format of quantized ones. A run that trained with quantization has them.",
+)  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to make; new or empty.")
 @click.option("--encrypt", is_flag=True, help="Encrypt the weights, by default with the key of RUN's checkpoints.")
 @click.option("--key-file", help="With --encrypt: a file that holds the key.")
 @click.option("--key-env", help="With --encrypt: the environment variable that holds the key.")
-def export(run: Path, format: str, out: Path, encrypt: bool, key_file: str | None, key_env: str | None) -> None:
-    """Write the model of RUN as a directory that transformers loads: weights, config, tokenizer, model card."""
+def export(
+    run: Path, format: str, quantize: str | None, out: Path, encrypt: bool, key_file: str | None, key_env: str | None
+) -> None:  # fmt: skip
+    """Write the model of RUN as a directory that transformers loads: weights, config, tokenizer, model card. Other
+    formats are loaded again and measured: what quantization has changed is printed."""
     if (key_file or key_env) and not encrypt:
         raise click.UsageError("--key-file and --key-env need --encrypt")
-    from bigtrain.export import export as write
+    from bigtrain import export as exporting
 
-    click.echo(write(run, out, encrypt, EncryptionConfig(key_file, key_env)))
+    if format == "huggingface":
+        if quantize:
+            raise ConfigError("--quantize", quantize, "format huggingface holds no integers", "take compressed-tensors")
+        click.echo(exporting.export(run, out, encrypt, EncryptionConfig(key_file, key_env)))
+        return
+    if encrypt:
+        raise ConfigError("--encrypt", True, f"format {format} is read by programs that have no key", "leave it out")
+    from bigtrain.compress import exported
+
+    written, measured = exporting.export_quantized(run, out, format, quantize)
+    click.echo("\n".join(exported.table(measured, format)))
+    click.echo(written)
 
 
 @command.command()
