@@ -83,7 +83,7 @@ def used(config: Config) -> list[Cell]:
     """The cells that a run is in: one for each of its transforms."""
     engine, compress = config.engine, config.compress
     if isinstance(engine, AccelerateConfig):
-        name, offload = engine.parallel, "none"
+        name, offload = str(engine.parallel), "none"
     else:
         assert isinstance(engine, DeepSpeedConfig)
         name, offloads = f"zero{engine.stage}", (engine.offload_optimizer, engine.offload_parameters)
