@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from bigtrain.compress import compatibility, prune_checks
 from bigtrain.config import (
     LABELLED_TASKS,
     AccelerateConfig,
     AdafactorConfig,
     AdamW8bitConfig,
     AdamWConfig,
+    ClassificationConfig,
     Config,
     DecoderConfig,
+    DeepSpeedConfig,
     EncoderConfig,
     HuggingFaceConfig,
     LabelledDataConfig,
@@ -22,6 +25,7 @@ from bigtrain.config import (
     Seq2SeqConfig,
     TextDataConfig,
     TrainConfig,
+    head_dim,
     micro_batch,
     objective_names,
 )
@@ -40,6 +44,9 @@ def check(config: Config) -> None:
     _check_optimization(config)
     _check_train(config)
     _check_launch(config)
+    _check_compress(config)
+    _check_distil(config)
+    _check_quantize(config)
 
 
 def _positive(path: str, value: float | None, least: float = 1) -> None:
@@ -53,14 +60,14 @@ def _fraction(path: str, value: float) -> None:
 
 
 def _check_model(model: ModelConfig) -> None:
-    sizes = ("dim", "n_layers", "n_decoder_layers", "n_heads", "n_kv_heads", "ffn_dim", "vocab_size", "max_seq_len")
-    for name in sizes:
+    sizes = ("dim", "n_layers", "n_decoder_layers", "n_heads", "n_kv_heads", "head_dim", "ffn_dim", "vocab_size")
+    for name in (*sizes, "max_seq_len"):
         _positive(f"model.{name}", getattr(model, name, None))
     if isinstance(model, HuggingFaceConfig):
         return  # the rest is between its config.json and transformers
     _fraction("model.dropout", model.dropout)
     _positive("model.init_std", model.init_std, 0)
-    if model.dim % model.n_heads:
+    if model.dim % model.n_heads and getattr(model, "head_dim", None) is None:
         raise ConfigError("model.dim", model.dim, f"not divisible by model.n_heads={model.n_heads}")
     n_kv_heads = (isinstance(model, DecoderConfig) and model.n_kv_heads) or model.n_heads
     if model.n_heads % n_kv_heads:
@@ -68,10 +75,9 @@ def _check_model(model: ModelConfig) -> None:
     if isinstance(model, Seq2SeqConfig):
         if model.dim % 2:
             raise ConfigError("model.dim", model.dim, "must be even: positions are pairs of a sine and a cosine")
-    elif model.positions == "rotary" and (model.dim // model.n_heads) % 2:
-        raise ConfigError(
-            "model.positions", "rotary", f"needs an even head size, but dim/n_heads is {model.dim // model.n_heads}"
-        )
+    elif model.positions == "rotary" and head_dim(model) % 2:
+        size = "model.head_dim" if model.head_dim else "dim/n_heads"
+        raise ConfigError("model.positions", "rotary", f"needs an even head size, but {size} is {head_dim(model)}")
 
 
 def _check_task(config: Config) -> None:
@@ -209,6 +215,8 @@ def _check_engine(config: Config) -> None:
         raise ConfigError(
             "engine.offload_optimizer", "nvme", f"needs engine.stage=3, not {engine.stage}", "take cpu or stage 3"
         )
+    if engine.quantized_communication and engine.stage != 3:
+        raise ConfigError("engine.quantized_communication", True, f"needs engine.stage=3, not {engine.stage}")
     if "nvme" in (engine.offload_optimizer, engine.offload_parameters) and not engine.nvme_path:
         raise ConfigError("engine.nvme_path", engine.nvme_path, "missing", "name a directory on the NVMe disk")
 
@@ -290,6 +298,89 @@ def _check_guard(train: TrainConfig) -> None:
             "train.guard.replay_every", guard.replay_every, "two runs of a micro-batch may rightly differ",
             "set train.deterministic=true",
         )  # fmt: skip
+
+
+def _check_compress(config: Config) -> None:
+    if config.compress.prune is not None:
+        prune_checks.check(config.compress.prune)
+    compatibility.check(config)
+
+
+def _check_distil(config: Config) -> None:
+    """What can be told without the teacher; `compress/teacher.py` looks at that one once the data are prepared."""
+    distil, task, at = config.compress.distil, config.task, "compress.distil"
+    if distil is None:
+        return
+    if not distil.teacher:
+        way_out = "name a run, a Hugging Face directory or a hub model"
+        raise ConfigError(f"{at}.teacher", distil.teacher, "missing", way_out)
+    if not 0 <= distil.alpha <= 1:
+        raise ConfigError(f"{at}.alpha", distil.alpha, "must be from 0 to 1")
+    if not 0 < distil.temperature < float("inf"):
+        raise ConfigError(f"{at}.temperature", distil.temperature, "must be above 0")
+    for name in ("logits", "hidden", "attention", "cache_top_k"):
+        _positive(f"{at}.{name}", getattr(distil, name), 0)
+    deep = "hidden" if distil.hidden else "attention" if distil.attention else ""
+    if not (distil.logits or deep):
+        raise ConfigError(f"{at}.logits", distil.logits, "nothing is learned from the teacher", "raise a weight")
+    if task.kind == "question_answering":
+        raise ConfigError(at, task.kind, "is not for this task: its answers are spans", "set compress=[]")
+    if deep and task.kind == "translation":
+        raise ConfigError(f"{at}.{deep}", getattr(distil, deep), "an encoder-decoder has two stacks of layers")
+    if distil.attention and (isinstance(config.model, HuggingFaceConfig) or getattr(config.model, "unpadded", False)):
+        what = "model=hf has layers of other names" if config.model.kind == "hf" else "model.unpadded packs texts"
+        raise ConfigError(f"{at}.attention", distil.attention, what, "set it to 0")
+    if isinstance(task, ClassificationConfig) and task.adversarial != "none":
+        raise ConfigError("task.adversarial", task.adversarial, "the teacher sees the text as it is")
+    if config.train.compile:
+        raise ConfigError("train.compile", True, "the teacher's part goes through hooks", "set it to false")
+    if distil.teacher_sharded and isinstance(config.engine, AccelerateConfig):
+        raise ConfigError(f"{at}.teacher_sharded", True, "is ZeRO-3's work", "take engine=zero3, or set it to false")
+    if distil.cache_top_k:
+        _check_cached(config, deep)
+
+
+def _check_cached(config: Config, deep: str) -> None:
+    """Only what is the same each time a sample comes can be kept."""
+    assert config.compress.distil is not None
+    k, task = config.compress.distil.cache_top_k, config.task
+    changing = task.kind == "masked_lm" or (isinstance(task, ClassificationConfig) and task.token_dropout)
+    regression = isinstance(task, ClassificationConfig) and task.regression
+    for problem in (
+        "other tokens are masked each time" if changing else "",
+        "a regression has no tokens to choose from" if regression else "",
+        f"compress.distil.{deep} looks inside the teacher" if deep else "",
+    ):
+        if problem:
+            raise ConfigError("compress.distil.cache_top_k", k, problem, "set it to 0")
+
+
+def _check_quantize(config: Config) -> None:
+    quantize, float8, at = config.compress.quantize, config.compress.float8, "compress.quantize"
+    for name in ("quantize", "float8"):
+        if getattr(config.compress, name) is not None and config.train.lora.rank:
+            problem = "trains beside frozen weights, which are not what would be quantized"
+            raise ConfigError("train.lora.rank", config.train.lora.rank, problem, f"set compress.{name}=null")
+    if float8 is not None:
+        if quantize is not None:
+            raise ConfigError(
+                "compress.float8", float8.recipe, f"computes the layers that {at} does", "take one of both"
+            )
+        if isinstance(config.engine, DeepSpeedConfig) and config.engine.stage == 3:
+            problem = "ZeRO-3 would keep every layer's whole weight for the backward pass"
+            raise ConfigError("compress.float8", float8.recipe, problem, "take engine=zero2")
+        if config.train.precision == "fp16":
+            raise ConfigError("train.precision", "fp16", "compress.float8 rounds bf16 or fp32", "take bf16")
+    if quantize is None:
+        return
+    if quantize.bits not in (8, 4, 2):
+        raise ConfigError(f"{at}.bits", quantize.bits, "not a width that can be had", "one of 8, 4, 2")
+    _positive(f"{at}.group_size", quantize.group_size, 2)
+    if quantize.activations and (quantize.bits != 8 or quantize.group_size is not None):
+        problem = "int8 inputs are multiplied with rows of int8 weights"
+        raise ConfigError(f"{at}.activations", True, problem, f"set {at}.bits=8 and {at}.group_size=null")
+    _positive(f"{at}.start", quantize.start, 0)
+    _positive(f"{at}.freeze", quantize.freeze, quantize.start)
 
 
 def _check_launch(config: Config) -> None:

@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -369,12 +369,7 @@ def evaluate(
         return
     if include_path is not None or limit is not None:
         raise click.UsageError("--include-path and --limit need --lm-eval")
-    pairs: dict[str, str | int] = {}
-    for column in columns:
-        name, equals, value = column.partition("=")
-        if not equals or not value:
-            raise click.UsageError(f"--column {column}: NAME=COLUMN is wanted")
-        pairs[name] = int(value) if value.isdigit() else value  # a file without a header: columns by number
+    pairs = _columns(columns)
     from bigtrain import evaluate as evaluation
     from bigtrain.checkpoint import inference
 
@@ -386,20 +381,80 @@ def evaluate(
     click.echo(written)
 
 
+def _columns(columns: tuple[str, ...]) -> dict[str, str | int]:
+    pairs: dict[str, str | int] = {}
+    for column in columns:
+        name, equals, value = column.partition("=")
+        if not equals or not value:
+            raise click.UsageError(f"--column {column}: NAME=COLUMN is wanted")
+        pairs[name] = int(value) if value.isdigit() else value  # a file without a header: columns by number
+    return pairs
+
+
 @command.command()
 @click.argument("run", type=RUN)
-@click.option("--format", "format", default="huggingface", show_default=True, type=click.Choice(["huggingface"]))
+@click.option(
+    "--format", "format", default="huggingface", show_default=True,
+    type=click.Choice(["huggingface", "compressed-tensors", "torchao", "onnx"]),
+)  # fmt: skip
+@click.option(
+    "--quantize", type=click.Choice(["int8_dynamic", "int8", "int4"]),
+    help="What to make of the weights, in a format of quantized ones. A run that trained with quantization has them.",
+)  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to make; new or empty.")
 @click.option("--encrypt", is_flag=True, help="Encrypt the weights, by default with the key of RUN's checkpoints.")
 @click.option("--key-file", help="With --encrypt: a file that holds the key.")
 @click.option("--key-env", help="With --encrypt: the environment variable that holds the key.")
-def export(run: Path, format: str, out: Path, encrypt: bool, key_file: str | None, key_env: str | None) -> None:
-    """Write the model of RUN as a directory that transformers loads: weights, config, tokenizer, model card."""
+def export(
+    run: Path, format: str, quantize: str | None, out: Path, encrypt: bool, key_file: str | None, key_env: str | None
+) -> None:  # fmt: skip
+    """Write the model of RUN as a directory that transformers loads: weights, config, tokenizer, model card. Other
+    formats are loaded again and measured: what quantization has changed is printed."""
     if (key_file or key_env) and not encrypt:
         raise click.UsageError("--key-file and --key-env need --encrypt")
-    from bigtrain.export import export as write
+    from bigtrain import export as exporting
 
-    click.echo(write(run, out, encrypt, EncryptionConfig(key_file, key_env)))
+    if format == "huggingface":
+        if quantize:
+            raise ConfigError("--quantize", quantize, "format huggingface holds no integers", "take compressed-tensors")
+        click.echo(exporting.export(run, out, encrypt, EncryptionConfig(key_file, key_env)))
+        return
+    if encrypt:
+        raise ConfigError("--encrypt", True, f"format {format} is read by programs that have no key", "leave it out")
+    from bigtrain.compress import exported
+
+    written, measured = exporting.export_quantized(run, out, format, quantize)
+    click.echo("\n".join(exported.table(measured, format)))
+    click.echo(written)
+
+
+@command.command()
+@click.argument("run", type=RUN)
+@click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to make; new or empty.")
+@click.option("--by", default="taylor", show_default=True, type=click.Choice(["magnitude", "taylor", "activation"]),
+              help="What tells which heads, neurons, layers and columns matter.")  # fmt: skip
+@click.option("--calibration-batches", default=8, show_default=True, type=click.IntRange(min=1))
+@click.option("--recover-steps", default=0, show_default=True, type=click.IntRange(min=0), help="Train on so long.")
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Of that; default: RUN's own.")
+@click.option("--distil", is_flag=True, help="Let it learn from the dense model too.")
+@click.option("--task", help="What a Hugging Face directory is for; default: as its config.json says.")
+@click.option("--data", multiple=True, help="... and its data; may repeat. Default: the standard library's source.")
+@click.option("--held-out", multiple=True, help="... and what to measure on. Default: a part of --data.")
+@click.option("--column", "columns", multiple=True, metavar="NAME=COLUMN", help="Which column holds text, label ...")
+@click.option("--watts", type=click.FloatRange(min=0, min_open=True), help="Of this machine at work, for energy.")
+@click.option("--compile", is_flag=True, help="Time what torch.compile makes of the models.")
+def compress(run: Path, recipes: tuple[str, ...], out: Path, columns: tuple[str, ...], **options: Any) -> None:
+    """Make the model of RUN (or of a Hugging Face directory) smaller by each RECIPE, and measure what comes of it.
+
+    A recipe is steps joined by +: heads=0.25, neurons=0.5, layers=2, dim=64 (a fraction or a number), magnitude=0.5,
+    wanda=0.5, nm=2:4, int8, int4, int8_dynamic.
+    """
+    from bigtrain.compress import command as compression
+
+    given = compression.Options(columns=tuple(_columns(columns).items()), **options)
+    compression.run(run, recipes, out, given, click.echo)
+    click.echo(out / "index.html")
 
 
 @command.command()

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
+from bigtrain.compress_config import CompressConfig
 from bigtrain.config import (
     GROUPS,
     VOCABULARY_MULTIPLE,
@@ -316,7 +317,8 @@ def _full_errors() -> Iterator[None]:
 def _missing(error: Any) -> BigtrainError:
     """A group choice that does not exist, with the nearest one that does."""
     group, _, choice = str(error.missing_cfg_file or "").rpartition("/")
-    options = sorted(name for name in error.options or () if not name.startswith("_"))
+    found = error.options or (choices(group) if group in GROUPS else ())  # of one in a list Hydra gives none
+    options = sorted(name for name in found if not name.startswith("_"))
     if not group or not options:
         return UsageError(_first_lines(error))
     near = nearest(choice, options)
@@ -353,6 +355,9 @@ def _register() -> None:
             for kind in kinds(cls) or ("default",):
                 node = asdict(cls()) | ({"kind": kind} if kinds(cls) else {})
                 store.store(name=f"_{kind}", group=field.name, node=node)
+    for part, hint in get_type_hints(CompressConfig).items():  # null or a section: each in files of its own
+        (cls,) = union_members(hint)
+        store.store(name=f"_{part}", group="compress", node={part: asdict(cls())})
     store.store(name="_config", node={name: value for name, value in defaults.items() if name not in GROUPS})
 
 

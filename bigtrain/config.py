@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import yaml
 
+from bigtrain.compress_config import CompressConfig
 from bigtrain.errors import ConfigError, unknown_key
 from bigtrain.redact import differences, redact
 
@@ -36,6 +37,7 @@ class DecoderConfig:
     n_layers: int = 4
     n_heads: int = 4
     n_kv_heads: int | None = None  # None: as many as n_heads (no grouped-query attention)
+    head_dim: int | None = None  # None: dim / n_heads
     ffn_dim: int | None = None  # None: 4 * dim
     vocab_size: int | None = None  # None: the tokenizer's, rounded up to a multiple of 64
     max_seq_len: int = 256
@@ -58,6 +60,7 @@ class EncoderConfig:
     dim: int = 256
     n_layers: int = 4
     n_heads: int = 4
+    head_dim: int | None = None  # None: dim / n_heads
     ffn_dim: int | None = None  # None: 4 * dim
     vocab_size: int | None = None  # None: the tokenizer's, rounded up to a multiple of 64
     max_seq_len: int = 128
@@ -124,6 +127,7 @@ class PretrainedConfig:
     kind: Literal["pretrained"] = "pretrained"
     path: str | None = None
     max_seq_len: int | None = None  # shorter sequences than the model could take
+    n_layers: int | None = None  # fewer: the first ones' weights, or with compress.distil.init_from_teacher others
     dropout: float | None = None
     unpadded: bool | None = None  # of an encoder
 
@@ -308,6 +312,7 @@ class DeepSpeedConfig:
     bucket_mib: int = 50  # reduce and all-gather bucket
     overlap_comm: bool = True
     zero_init: bool = True  # stage 3: parameters are born sharded
+    quantized_communication: bool = False  # stage 3 on GPUs: ZeRO++ (arXiv 2306.10209), int8 weights, int4 gradients
     deepspeed: dict[str, Any] = field(default_factory=dict)  # passed through into ds_config, checked key by key
 
 
@@ -476,12 +481,7 @@ class TrainConfig:
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 
 
-# -------------------------------------------------------------------------------- compress, launch, logger
-
-
-@dataclass
-class CompressConfig:
-    """Which transforms change the model while it trains. None yet."""
+# ------------------------------------------------------------------------------------------ launch, logger
 
 
 @dataclass
@@ -649,7 +649,7 @@ def _build(hint: Any, data: Any, path: str) -> Any:
 def _value(hint: Any, value: Any, path: str) -> Any:
     """Check (and where nothing is lost, convert) one value: 1e-3 read as text and 3 for a float are meant well."""
     if union_members(hint):
-        return _build(hint, value, path)
+        return None if value is None and type(None) in get_args(hint) else _build(hint, value, path)
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
@@ -771,6 +771,11 @@ def objective_names(objective: str | list[str]) -> list[str]:
     """The names in train.objective, a list or a text with commas; the first is what a checkpoint is judged by."""
     names = objective.split(",") if isinstance(objective, str) else objective
     return [name.strip() for name in names if name.strip()]
+
+
+def head_dim(model: OurModelConfig) -> int:
+    """Columns of a query, key or value of one attention head."""
+    return getattr(model, "head_dim", None) or model.dim // model.n_heads
 
 
 def micro_batch(config: Config, world_size: int) -> int:

@@ -17,6 +17,7 @@ import torch
 from bigtrain import config as configuration
 from bigtrain import confusion, tasks
 from bigtrain.checkpoint import inference, newest
+from bigtrain.compress.quantize import as_trained
 from bigtrain.config import LABELLED_TASKS, Config, LabelledDataConfig
 from bigtrain.confusion import CONFUSION, EVALUATION, METRICS
 from bigtrain.data.encode_examples import record_kind
@@ -59,7 +60,9 @@ def run(
         raise ConfigError("RUN", str(run), "holds no complete checkpoint", "train until the first one is saved")
     with _data(run, config, data, columns) as used:
         task = tasks.build(used)
-        model, where = inference.load(lambda: task.build_model(used.model), checkpoint, device, max_memory)
+        model, where = inference.load(
+            lambda: as_trained(task.build_model(used.model), config, checkpoint), checkpoint, device, max_memory
+        )
         totals = measure(task, model, Share(0, 1, batch, batch, config.train.seed), where)
         metrics: dict[str, Any] = task.metrics(totals)
         out = out or run / EVALUATION

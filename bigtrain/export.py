@@ -1,17 +1,26 @@
-"""A run's newest checkpoint as a directory that plain transformers loads, with tokenizer and model card."""
+"""A run's newest checkpoint as a directory that plain transformers loads, with tokenizer and model card; or the same
+quantized, or as an ONNX graph."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from bigtrain import config as configuration
 from bigtrain import encryption
 from bigtrain.checkpoint import checkpoints, newest
 from bigtrain.checkpoint.weights import iterate_weights, write_weights
+from bigtrain.compress import quantize as quantization
+from bigtrain.compress.quantize import Trained
 from bigtrain.config import (
     ClassificationConfig,
     Config,
@@ -27,7 +36,7 @@ from bigtrain.errors import ConfigError
 from bigtrain.model_card import model_card
 from bigtrain.models.huggingface import to_huggingface
 
-FORMATS = ("huggingface",)
+FORMATS = ("huggingface", "compressed-tensors", "torchao", "onnx")
 CAUSAL = ("causal_lm", "instruction")  # tasks of models that write on
 LABELS = "labels.json"  # of a run that learns labels: their names, in the order of the head's outputs
 
@@ -35,59 +44,142 @@ LABELS = "labels.json"  # of a run that learns labels: their names, in the order
 def export(run: Path, out: Path, encrypt: bool = False, key: EncryptionConfig | None = None) -> Path:
     """Write the model of run directory `run` to `out` in the Hugging Face format and return `out`.
 
+    Of a run that trained with quantized weights, those: rounded, in the type that they were trained in.
     `out` appears when it is whole. Raises ConfigError for what is no run, has no checkpoint or no labels, a model that
     transformers has no class for, or an `out` that is not empty; BigtrainError for a damaged checkpoint, OSError where
     the disk refuses.
     """
-    out = out.expanduser().resolve()
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError("out", str(out), "exists already", "name a directory that is new or empty")
-    config = configuration.load(run / "config.yaml")
+    out = _new(out)
+    config, checkpoint = _opened(run)
     if encrypt:
         key = key if key is not None and encryption.enabled(key) else config.train.encryption
         encryption.read_key(key)
-    checkpoint = newest(run)
-    if checkpoint is None:
-        raise ConfigError("RUN", str(run), "holds no complete checkpoint", "train until the first one is saved")
-    tokenizer, tokens = read_tokenizer(run, config)
-    task = config.task
-    if isinstance(config.model, HuggingFaceConfig):
-        from bigtrain.models.huggingface import auto
-
-        names = labels(run, config)
-        settings, tensors = auto.to_huggingface(
-            config.model, iterate_weights(checkpoint), task.kind, names, problem_type(config), tokens
-        )
-    else:
-        settings, tensors = to_huggingface(
-            config.model, iterate_weights(checkpoint), architecture(config), labels(run, config), problem_type(config)
-        )
-        settings |= {name: tokens.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        if isinstance(task, (ClassificationConfig, TaggingConfig)):
-            settings["classifier_dropout"] = task.dropout
-
-    staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    staging.mkdir(parents=True)
-    try:
-        write_weights(staging, tensors)
+    found = quantization.trained(config, checkpoint)
+    with _staging(out) as staging:
+        _write(run, config, checkpoint, staging, _rounded(iterate_weights(checkpoint), found), out.name)
         if encrypt:
             assert key is not None
             encryption.encrypt_directory(staging, key, only="*.safetensors*")
-        write_json(staging / "config.json", settings)
-        if task.kind in (*CAUSAL, "translation"):
-            write_json(staging / "generation_config.json", generation_config(config, tokenizer, tokens))
-        shutil.copyfile(run / "tokenizer" / "tokenizer.json", staging / "tokenizer.json")
-        write_json(staging / "tokenizer_config.json", told(run) | tokenizer_config(config, tokens))
-        if (run / "tokenizer" / "chat_template.jinja").is_file():
-            shutil.copyfile(run / "tokenizer" / "chat_template.jinja", staging / "chat_template.jinja")
-        (staging / "README.md").write_text(model_card(run, out.name, config, checkpoint), encoding="utf-8")
-        for path in staging.glob("*.safetensors"):
+    return out
+
+
+def export_quantized(run: Path, out: Path, format: str, quantize: str | None) -> tuple[Path, dict[str, Any]]:
+    """The same in another of FORMATS; `out`, and what `exported.measure` found when it was loaded again.
+
+    quantize: a name of quantize.PTQ; of a run that trained with quantized weights None, and these are written.
+    Raises as `export`, and ConfigError for what the format has no room for or a package that is missing.
+    """
+    from bigtrain.compress import exported, formats
+
+    out = _new(out)
+    config, checkpoint = _opened(run)
+    found = quantization.trained(config, checkpoint)
+    if found is not None and quantize is not None:
+        problem = "RUN has trained with quantized weights, and they are what is written"
+        raise ConfigError("--quantize", quantize, problem, "leave it out")
+    scheme = quantization.PTQ[quantize] if quantize is not None else None if found is None else found.scheme
+    formats.check(format, scheme)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=_existing(out.parent)) as folder:
+        plain = Path(folder)
+        # A graph holds what is computed; the others are made of the weights as they were trained.
+        rounded = found if format == "onnx" else None
+        settings = _write(run, config, checkpoint, plain, _rounded(iterate_weights(checkpoint), rounded), out.name)
+        if found is not None and format != "onnx":
+            _, expanded = _mapped(run, config, _expanded(iterate_weights(checkpoint), found))
+            scale_of = formats.trained_grids(settings, expanded, found.scheme)
+        elif quantize is not None and format != "onnx":
+            assert scheme is not None
+            scale_of = formats.grids(settings, iterate_weights(plain), scheme)
+        else:
+            scale_of = {}
+        with _staging(out) as staging, formats.quietly():
+            formats.write(format, plain, staging, scheme, scale_of)
+            measured = exported.measure(config, format, plain, staging, settings, scheme, scale_of)
+    return out, measured
+
+
+def _new(out: Path) -> Path:
+    out = out.expanduser().resolve()
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError("out", str(out), "exists already", "name a directory that is new or empty")
+    return out
+
+
+def _opened(run: Path) -> tuple[Config, Path]:
+    config = configuration.load(run / "config.yaml")
+    checkpoint = newest(run)
+    if checkpoint is None:
+        raise ConfigError("RUN", str(run), "holds no complete checkpoint", "train until the first one is saved")
+    return config, checkpoint
+
+
+def _existing(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A folder that becomes `out` if the body succeeds, and nothing if not."""
+    staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        for path in (*staging.glob("*.safetensors"), *staging.glob("*.onnx")):
             shutil.copymode(staging / "config.json", path)  # safetensors lets nobody else read what it writes
         staging.rename(out)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    return out
+
+
+def _rounded(weights: Iterable[tuple[str, Tensor]], found: Trained | None) -> Iterator[tuple[str, Tensor]]:
+    for name, weight in weights:
+        scale = None if found is None else found.scale(name, weight)
+        yield name, weight if found is None or scale is None else quantization.rounded(weight, scale, found.scheme)
+
+
+def _expanded(weights: Iterable[tuple[str, Tensor]], found: Trained) -> Iterator[tuple[str, Tensor]]:
+    """In each weight's place its scales, repeated to its shape: so that they go where its parts go."""
+    for name, weight in weights:
+        scale = found.scale(name, weight)
+        columns = found.scheme.group_size or weight.shape[-1]
+        yield name, torch.zeros_like(weight) if scale is None else scale.repeat_interleave(columns, 1)
+
+
+def _mapped(
+    run: Path, config: Config, weights: Iterator[tuple[str, Tensor]]
+) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
+    """(config.json, tensors by transformers' names)."""
+    _, tokens = read_tokenizer(run, config)
+    task, names = config.task, labels(run, config)
+    if isinstance(config.model, HuggingFaceConfig):
+        from bigtrain.models.huggingface import auto
+
+        return auto.to_huggingface(config.model, weights, task.kind, names, problem_type(config), tokens)
+    settings, tensors = to_huggingface(config.model, weights, architecture(config), names, problem_type(config))
+    settings |= {name: tokens.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if isinstance(task, (ClassificationConfig, TaggingConfig)):
+        settings["classifier_dropout"] = task.dropout
+    return settings, tensors
+
+
+def _write(
+    run: Path, config: Config, checkpoint: Path, staging: Path, weights: Iterator[tuple[str, Tensor]], name: str
+) -> dict[str, Any]:
+    """All files of a Hugging Face directory into `staging`; its config.json."""
+    settings, tensors = _mapped(run, config, weights)
+    tokenizer, tokens = read_tokenizer(run, config)
+    write_weights(staging, tensors)
+    write_json(staging / "config.json", settings)
+    if config.task.kind in (*CAUSAL, "translation"):
+        write_json(staging / "generation_config.json", generation_config(config, tokenizer, tokens))
+    shutil.copyfile(run / "tokenizer" / "tokenizer.json", staging / "tokenizer.json")
+    write_json(staging / "tokenizer_config.json", told(run) | tokenizer_config(config, tokens))
+    if (run / "tokenizer" / "chat_template.jinja").is_file():
+        shutil.copyfile(run / "tokenizer" / "chat_template.jinja", staging / "chat_template.jinja")
+    (staging / "README.md").write_text(model_card(run, name, config, checkpoint), encoding="utf-8")
+    return settings
 
 
 def architecture(config: Config) -> str:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from bigtrain import config as configuration
 from bigtrain import models
 from bigtrain.checkpoint import inference, newest
+from bigtrain.compress.quantize import as_trained
 from bigtrain.config import Config, HuggingFaceConfig, InstructionConfig, ModelConfig, TranslationConfig
 from bigtrain.data.encode_examples import TranslationEncoder, translation_marks
 from bigtrain.data.encode_instructions import prompt_text
@@ -57,7 +58,9 @@ def run(
     if checkpoint is None:
         raise ConfigError("RUN", str(run), "holds no complete checkpoint", "train until the first one is saved")
     tokenizer, eos_id = load_tokenizer(str(run / "tokenizer"), "RUN")
-    model, where = inference.load(lambda: build(config.model, config.task.kind), checkpoint, device, max_memory)
+    model, where = inference.load(
+        lambda: as_trained(build(config.model, config.task.kind), config, checkpoint), checkpoint, device, max_memory
+    )
     options: dict[str, Any] = {"num_beams": num_beams, "do_sample": temperature > 0}
     if temperature > 0:  # top_k 0 and top_p 1 are no restriction; transformers would take 50
         options |= {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}

@@ -14,7 +14,7 @@ from typing import Literal
 
 import psutil
 
-from bigtrain.config import Config, LaunchConfig
+from bigtrain.config import Config, DeepSpeedConfig, LaunchConfig
 from bigtrain.errors import BigtrainError, ConfigError
 
 MOST_RANKS_PER_CORE = 4  # on the CPU; beyond it ranks only wait for one another
@@ -173,6 +173,31 @@ def check_precision(config: Config, placement: Placement) -> None:
                 )
     if precision == "fp16" and placement.device == "cpu" and not cpu_has_fp16():
         raise ConfigError("train.precision", precision, "this CPU has no fp16 arithmetic", "take bf16 or fp32")
+    _check_float8(config, placement)
+    _check_quantized_communication(config, placement)
+
+
+def _check_float8(config: Config, placement: Placement) -> None:
+    if config.compress.float8 is None:
+        return
+    lacking = next((gpu for gpu in placement.gpus if gpu.capability < (8, 9)), None)
+    if placement.device == "cpu" or lacking is not None:
+        what = "this run is on the CPU" if lacking is None else f"GPU {lacking.index} ({lacking.name}) has none"
+        problem = f"needs float8 arithmetic (compute capability 8.9: Ada, Hopper, Blackwell), and {what}"
+        raise ConfigError("compress.float8", config.compress.float8.recipe, problem, "take compress=none")
+
+
+def _check_quantized_communication(config: Config, placement: Placement) -> None:
+    """ZeRO++'s kernels are CUDA's; DeepSpeed would find out at the first gather."""
+    engine = config.engine
+    if not isinstance(engine, DeepSpeedConfig) or placement.device != "cpu":
+        return
+    passed = engine.deepspeed.get("zero_optimization")
+    named = [key for key, value in passed.items() if "quantized" in key and value] if isinstance(passed, dict) else []
+    if engine.quantized_communication or named:
+        key = f"engine.deepspeed.zero_optimization.{named[0]}" if named else "engine.quantized_communication"
+        problem = "ZeRO++ quantizes what it sends with CUDA kernels, and this run is on the CPU"
+        raise ConfigError(key, True, problem, "set it to false")
 
 
 def cpu_has_fp16() -> bool:

@@ -503,7 +503,7 @@ def _labels(run: Run) -> str:
     return (
         f"<h2>Labels</h2><p>{escape(about)}</p>"
         f'<figure class="square"><img id="confusion" alt="confusion matrix" src="{source}"></figure>'
-        + _table(["", "Precision", "Recall", "F1", "Examples"], rows, numeric=True)
+        + table(["", "Precision", "Recall", "F1", "Examples"], rows, numeric=True)
     )
 
 

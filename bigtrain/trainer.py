@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from bigtrain import guards, heartbeat
 from bigtrain.batch import Batch, count_tokens
 from bigtrain.checkpoint import Checkpoint, Keep, changes, facts, resolve_resume
 from bigtrain.checkpoint import store as checkpoint_store
+from bigtrain.compress.base import LossFunction, Transform
 from bigtrain.config import Config
 from bigtrain.data.example_loader import Share
 from bigtrain.engine.base import Engine, StepOutcome
@@ -50,9 +51,14 @@ class Trainer:
         hooks: Hooks,
         info: RunInfo,
         stop: Event,
+        transforms: Sequence[Transform] = (),
     ) -> None:
         self.config, self.run_dir, self.info = config, run_dir, info
         self.engine, self.host, self.task, self.hooks = engine, host, task, hooks
+        self.transforms = transforms
+        self.loss: LossFunction = task.loss
+        for transform in transforms:
+            self.loss = transform.loss(self.loss)
         self.train_data: TrainLoader = task.train_loader(share)
         self.held_out = task.held_out(share)
         self.held_out_sample = task.held_out(share, config.train.eval_batches)
@@ -64,9 +70,7 @@ class Trainer:
         self.saved_step = -1
         train = config.train
         keep = Keep(train.keep_checkpoints, train.keep_every, train.keep_best)
-        self.saver = checkpoint_store.Saver(
-            run_dir, engine, host, keep, later=train.async_save, encrypted=train.encryption
-        )
+        self.saver = checkpoint_store.Saver(run_dir, engine, host, keep, train.async_save, train.encryption, transforms)
         self.save_stall_seconds, self.failed_saves = 0.0, 0  # of this session
         self.train_seconds = 0.0  # over all sessions of the run
         self.last_metrics: dict[str, float] = {}
@@ -79,7 +83,7 @@ class Trainer:
     def restore(self, checkpoint: Checkpoint) -> None:
         """Continue where `checkpoint` was saved."""
         with refusals(checkpoint.path):
-            checkpoint_store.load(checkpoint, self.engine)
+            checkpoint_store.load(checkpoint, self.engine, self.transforms)
         manifest, batch = checkpoint.manifest, self.config.train.global_batch
         self.step = self.saved_step = checkpoint.step
         self.tokens = manifest["tokens"]
@@ -105,7 +109,7 @@ class Trainer:
         train = self.config.train
         self.session_started = time.perf_counter() - self.train_seconds
         self.hooks.on_start(self.info)
-        self.engine.model.train()
+        self._begin()
         window = _Window(self.engine.device)
         with ThreadPoolExecutor(1, "loader") as loader:
             upcoming = self._prefetch(loader, self.step)
@@ -136,6 +140,8 @@ class Trainer:
                     window.clear()
                     continue
                 self.step += 1
+                for transform in self.transforms:
+                    transform.update(self.step)
                 doing = heartbeat.STEP
                 self.tokens += int(tokens)
                 window.tokens += tokens
@@ -162,6 +168,11 @@ class Trainer:
             self.hooks.on_evaluate(self.step, metrics)
             result |= metrics
         return result | self._summary()
+
+    def _begin(self) -> None:
+        self.engine.model.train()
+        for transform in self.transforms:
+            transform.begin(self.step)
 
     def _seconds(self) -> float:
         return time.perf_counter() - self.session_started
@@ -190,7 +201,7 @@ class Trainer:
         data_step, random = self.guard.data_step(self.step), guards.RandomState.now(engine.device)
         step = guards.Step(self.step, micro_batches, lambda: self.train_data.samples(data_step), 1 / targets, random)
         if self.guard.replays(self.step):
-            guards.check_replay(step, engine, self.task.loss, self.host)
+            guards.check_replay(step, engine, self.loss, self.host)
         nll = self._forward_backward(step)
         window.steps += 1
         if policy != "off" or self._logs(self.step + 1):
@@ -219,7 +230,7 @@ class Trainer:
     def _forward_backward(self, step: guards.Step) -> Tensor:
         """Gradients of the loss per token, over the tokens of all ranks. This rank's loss, summed, on the device."""
         nll = torch.zeros((), dtype=torch.float64, device=self.engine.device)
-        loss = self.forward.timed(self.task.loss)
+        loss = self.forward.timed(self.loss)
         for index, batch in enumerate(step.micro_batches):
             heartbeat.beat()
             on_device = {name: tensor.to(self.engine.device, non_blocking=True) for name, tensor in batch.items()}
@@ -230,7 +241,7 @@ class Trainer:
     def _not_finite(self, name: str, value: float, step: guards.Step) -> str | None:
         """What is wrong and where, if the run can go on without this update (which nobody made). None: nothing is."""
         train, number = self.config.train, step.number + 1
-        where = guards.diagnose(step, self.engine, self.task.loss, self.host)
+        where = guards.diagnose(step, self.engine, self.loss, self.host)
         if not where and name == "train/grad_norm" and train.precision == "fp16":
             return None  # the scaled gradients did not fit, as happens until the loss scale has found its size
         problem = f"{name} is {value}, {where or 'and was finite when the batch was run again: a hardware fault?'}"
@@ -254,8 +265,9 @@ class Trainer:
             return False
         left, guard = self.step, self.guard
         bad, left_out, spikes = guard.data_step(left), guard.left_out, guard.spikes
-        checkpoint_store.load(found, self.engine)
+        checkpoint_store.load(found, self.engine, self.transforms)
         self.step = self.saved_step = found.step
+        self._begin()
         self.tokens = found.manifest["tokens"]
         guard.load_state(found.manifest.get("guard", {}))
         guard.left_out, guard.spikes = left_out, spikes  # all of it is data after that checkpoint
@@ -285,6 +297,8 @@ class Trainer:
         mine[2 * self.host.rank : 2 * self.host.rank + 2] = seconds / window.steps, self.forward.take() / window.steps
         of_all = self.host.sum(*mine)  # one small all-reduce
         metrics |= self.stragglers.metrics(of_all[::2], of_all[1::2])
+        for transform in self.transforms:
+            metrics |= transform.metrics()
         self.throughput.append(tokens_per_second)
         self.step_seconds.append(metrics["perf/step_seconds"])
         self.last_metrics = metrics
@@ -375,7 +389,8 @@ class Trainer:
     def _summary(self) -> dict[str, Any]:
         ordered, durations = sorted(self.throughput), sorted(self.step_seconds)
         loss = self.last_metrics.get("train/loss", math.nan)
-        return {
+        compressed = {name: value for name, value in self.last_metrics.items() if name.startswith("compress/")}
+        return compressed | {
             "train/loss": loss if math.isfinite(loss) else None,
             "train/steps": self.step,
             "train/dropped_updates": self.guard.dropped,

@@ -74,7 +74,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
     """Build this rank's parts from the config and train."""
     import torch
 
-    from bigtrain import models, tasks
+    from bigtrain import compress, models, tasks
     from bigtrain.checkpoint import store, transfer
     from bigtrain.data.example_loader import Share
     from bigtrain.engine import optimizers, start
@@ -94,6 +94,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
     if train.deterministic:
         torch.use_deterministic_algorithms(True)
     task = tasks.build(config)
+    transforms = compress.build(config)
     parameters = trained = 0
 
     def build_model() -> torch.nn.Module:
@@ -109,6 +110,8 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
         if train.lora.rank:
             add_lora(model, train.lora)
         optimizers.freeze(model, train.freeze)
+        for transform in transforms:
+            model = transform.apply(model) or model
         trained = sum(
             getattr(parameter, "ds_numel", parameter.numel())
             for parameter in model.parameters()
@@ -119,6 +122,8 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
         return model
 
     built = start.build(config, build_model, device)
+    for transform in transforms:
+        transform.attach(built, host)
     torch.manual_seed(train.seed * 100_003 + host.rank)  # dropout differs from rank to rank
     resumed, damaged = store.choose(run_dir, config.resume, host)
     if host.rank == 0:
@@ -150,6 +155,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
         engine=built,
         host=host,
         task=task,
+        transforms=transforms,
         share=share,
         hooks=hooks,
         info=info,

@@ -13,19 +13,22 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from bigtrain import __version__, encryption
 from bigtrain.checkpoint import find, integrity, reshard
 from bigtrain.checkpoint.find import FOLDER, HIDDEN, Checkpoint, Keep, checkpoints, hide_and_remove
 from bigtrain.checkpoint.weights import write_weights
+from bigtrain.compress import base as compress
+from bigtrain.compress.base import Transform
 from bigtrain.config import EncryptionConfig
 from bigtrain.engine.base import Engine, Write
 from bigtrain.engine.host import HostGroup
@@ -69,8 +72,9 @@ class Saver:
 
     def __init__(
         self, run_dir: Path, engine: Engine, host: HostGroup, keep: Keep, later: bool = False,
-        encrypted: EncryptionConfig | None = None,
+        encrypted: EncryptionConfig | None = None, transforms: Sequence[Transform] = (),
     ) -> None:  # fmt: skip
+        self.transforms = transforms
         self.encrypted = encrypted if encrypted is not None and encryption.enabled(encrypted) else None
         self.run_dir, self.engine, self.host, self.keep, self.later = run_dir, engine, host, keep, later
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -102,6 +106,8 @@ class Saver:
         if problem is None:
             problem = _attempt(lambda: writes.extend(self.engine.save(staging, self.later)))
             problem = _attempt(lambda: writes.append(_random_state(staging, self.host.rank))) or problem
+            for transform in self.transforms:
+                problem = _attempt(lambda: writes.extend(_state(staging, transform, self.host))) or problem  # noqa: B023
             problem = self._save_weights(staging, writes) or problem
         # What is on the disk by now is shared out for hashing. No thread starts before rank 0 has listed it.
         self.host.gather(None)
@@ -226,12 +232,14 @@ def choose(run_dir: Path, resume: str, host: HostGroup) -> tuple[Checkpoint | No
     return None, said
 
 
-def load(checkpoint: Checkpoint, engine: Engine) -> None:
-    """Put engine state and this rank's random state back, whatever the number of ranks and the ZeRO stage were.
+def load(checkpoint: Checkpoint, engine: Engine, transforms: Sequence[Transform] = ()) -> None:
+    """Put the state of engine and transforms and this rank's random state back, whatever the number of ranks and the
+    ZeRO stage were.
 
-    Raises BigtrainError where the engine's state cannot be cut anew.
+    Raises BigtrainError where the engine's state cannot be cut anew, or that of a transform is missing.
     """
     with encryption.readable(checkpoint.path) as path:
+        compress.load(transforms, path, checkpoint.path)
         if reshard.needed(checkpoint, engine):
             reshard.load(replace(checkpoint, path=path), engine)
             return
@@ -291,6 +299,19 @@ def _random_state(staging: Path, rank: int) -> Write:
         return [path]
 
     return write
+
+
+def _state(staging: Path, transform: Transform, host: HostGroup) -> list[Write]:
+    """A transform's state as it is now; all ranks take part in it, rank 0 writes."""
+    state = transform.state()
+    path = compress.path_in(staging, transform)
+
+    def write() -> list[Path]:
+        path.parent.mkdir(exist_ok=True)
+        save_file(state, path)
+        return [path]
+
+    return [write] if state and host.rank == 0 else []
 
 
 def _parameters(engine: Engine) -> int:

@@ -67,6 +67,9 @@ def ds_config(config: Config, world_size: int, device: str) -> dict[str, Any]:
             "stage3_max_live_parameters": 1_000_000_000,
             "stage3_max_reuse_distance": 1_000_000_000,
             "stage3_gather_16bit_weights_on_model_save": False,  # we stream them ourselves
+            "zero_quantized_weights": engine.quantized_communication,
+            "zero_quantized_gradients": engine.quantized_communication,
+            "zero_quantized_nontrainable_weights": False,
         }
         if engine.offload_parameters != "none":
             zero["offload_param"] = {

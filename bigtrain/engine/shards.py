@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -249,6 +249,46 @@ def frozen(engine: Engine) -> Iterator[FrozenView]:
                 yield FrozenView(name, start, parameter.ds_tensor.detach().view(-1)[:numel])  # type: ignore[attr-defined]
         else:
             yield FrozenView(name, 0, parameter.detach().view(-1))
+
+
+def around_step(engine: Engine, before: Callable[[Flat], None] | None, after: Callable[[Flat], None] | None) -> None:
+    """Have `before` and `after` called with each flat whenever the optimizer steps it, from now on.
+
+    `before`: its gradient, `key.grad`, is there, unscaled and clipped. `after`: the master is new, and not yet copied
+    to working weights. Neither is called for a step that is left out. DeepSpeed steps its groups (at stage 3 parts of
+    them) one after another. Raises BigtrainError where the masters are out of reach.
+    """
+    of_key = {id(flat.key): flat for flat in flats(engine)}
+
+    def each(function: Callable[[Flat], None]) -> Callable[..., None]:
+        def hook(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+            with torch.no_grad():
+                for group in optimizer.param_groups:
+                    for key in group["params"]:
+                        function(of_key[id(key)])
+
+        return hook
+
+    # Partial offload: what stays on the device has an optimizer of its own.
+    backup = getattr(_zero(engine), "backup_optimizer", None) if hasattr(engine, "stage") else None
+    for optimizer in (base_optimizer(engine), backup):
+        if optimizer is not None and before is not None:
+            optimizer.register_step_pre_hook(each(before))
+        if optimizer is not None and after is not None:
+            optimizer.register_step_post_hook(each(after))
+
+
+def total(engine: Engine, part: Tensor) -> Tensor:
+    """What each rank has of something that is cut as the masters are, added up: (shape of `part`) on its device.
+
+    Where every rank has the whole, `part` itself.
+    """
+    if form(engine) not in CUT_FORMS or engine.world_size == 1:
+        return part
+    summed = part.to(engine.device)
+    summed = summed.clone() if summed is part else summed
+    torch.distributed.all_reduce(summed)
+    return summed.to(part.device)
 
 
 @torch.no_grad()

@@ -4,11 +4,12 @@ model."""
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bigtrain import config as schema
-from bigtrain.config import EncoderConfig, HuggingFaceConfig, PretrainedConfig
+from bigtrain.config import Config, EncoderConfig, HuggingFaceConfig, PretrainedConfig, Seq2SeqConfig
 from bigtrain.data import hub
 from bigtrain.errors import ConfigError
 
@@ -32,6 +33,8 @@ def resolved(data: dict[str, Any]) -> dict[str, Any]:
     if isinstance(found, HuggingFaceConfig):
         if asked.dropout is not None:
             raise ConfigError("model.dropout", asked.dropout, "transformers' models have several", "leave it null")
+        if asked.n_layers is not None:
+            raise ConfigError("model.n_layers", asked.n_layers, f"{path} is transformers' own code", "leave it null")
         return _starting(_shortened(data, found, asked.max_seq_len or 0), path)
     learned = getattr(found, "positions", "") == "learned"
     if asked.max_seq_len is not None:
@@ -41,6 +44,11 @@ def resolved(data: dict[str, Any]) -> dict[str, Any]:
             found.max_seq_len = asked.max_seq_len
     if asked.dropout is not None:
         found.dropout = asked.dropout
+    if asked.n_layers is not None:
+        if isinstance(found, Seq2SeqConfig) or asked.n_layers > found.n_layers:
+            problem = f"{path} has {found.n_layers}" + (" and a decoder's" if isinstance(found, Seq2SeqConfig) else "")
+            raise ConfigError("model.n_layers", asked.n_layers, problem)
+        found.n_layers = asked.n_layers
     if asked.unpadded is not None:
         if not isinstance(found, EncoderConfig):
             raise ConfigError("model.unpadded", asked.unpadded, f"for encoders only; {path} has a {found.kind}")
@@ -51,6 +59,22 @@ def resolved(data: dict[str, Any]) -> dict[str, Any]:
         # The table of positions stays as long as it was learned; the examples are what is shorter.
         changed["task"] = task | {"max_length": asked.max_seq_len}
     return _starting(data | changed, path)
+
+
+def with_teacher(config: Config) -> Config:
+    """A distillation's teacher as the directory that it is, whose tokenizer the student takes if no other is named."""
+    distil = config.compress.distil
+    if distil is None or not distil.teacher:
+        return config  # `checks` says what is missing
+    path = str(_directory(distil.teacher))
+    tokenizer = config.data.tokenizer
+    if tokenizer.path is None:
+        tokenizer = replace(tokenizer, path=path)
+    return replace(
+        config,
+        compress=replace(config.compress, distil=replace(distil, teacher=path)),
+        data=replace(config.data, tokenizer=tokenizer),
+    )
 
 
 def _completed(data: dict[str, Any], asked: HuggingFaceConfig) -> dict[str, Any]:

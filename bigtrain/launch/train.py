@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 def checked(data: dict[str, Any]) -> Config:
     """Plain data -> a config that holds together. Raises ConfigError."""
-    config = schema.from_dict(pretrained.resolved(data))
+    config = pretrained.with_teacher(schema.from_dict(pretrained.resolved(data)))
     checks.check(config)
     encryption.check(config.train.encryption)
     for name in ("run_dir", "data.cache_dir"):
@@ -81,6 +81,10 @@ def train(config: Config, say: Callable[[str], None], continue_command: Callable
             )
             return objective(result, config.train.objective)
         config = prepare_data(config)
+        if config.compress.distil is not None:
+            from bigtrain.compress import teacher
+
+            teacher.check(config)
         listed = _check_changes(config, before, found)
         if found is not None:
             changes.check_tokenizer(found.path.parents[1], config.data.prepared_dir)

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from bigtrain.batch import IGNORED
 from bigtrain.models import cpu_kernels
 from bigtrain.models.layers import draw_normal
+from bigtrain.models.soft_targets import SoftTargets, WholeLogits
 
 CHUNK_BYTES = 512 * 2**20  # of logits at a time: small against a GPU's memory, large enough to fill it with work
 CACHE_BYTES = 4 * 2**20  # of float32 logits at a time on a CPU, where they should not leave the cache
@@ -39,45 +40,75 @@ class Head(nn.Module):
             draw_normal(self.weight, self.std)
 
     def forward(
-        self, hidden: Tensor, targets: Tensor | None = None, label_smoothing: float = 0.0, z_loss: float = 0.0
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        soft: SoftTargets | WholeLogits | None = None,
     ) -> Any:
-        """hidden (B, T, D) -> logits (B, T, V), or with targets (B, T) -> (loss_sum, nll_sum), float32 scalars."""
+        """hidden (B, T, D) -> logits (B, T, V), or with targets (B, T) -> (loss_sum, nll_sum), float32 scalars.
+
+        soft: as in linear_cross_entropy.
+        """
         if targets is None:
             return F.linear(hidden, self.weight)
-        return linear_cross_entropy(hidden.flatten(0, -2), self.weight, targets.flatten(), label_smoothing, z_loss)
+        rows = hidden.flatten(0, -2)
+        return linear_cross_entropy(rows, self.weight, targets.flatten(), label_smoothing, z_loss, soft)
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float = 0.0, z_loss: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    soft: SoftTargets | WholeLogits | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Summed loss of logits = hidden @ weight.T against targets, without keeping the logits.
 
     hidden (N, D), weight (V, D), targets (N,) with -100 for tokens that do not count. Returns loss_sum, with label
     smoothing and z_loss * log(Z)^2 in it, and nll_sum, the plain cross-entropy in nats, detached. Differentiable once.
+    soft: what a teacher says of the N rows, whose divergence takes its share of loss_sum; or of a teacher itself, what
+    is to keep the rows: then nothing is computed.
     """
+    if isinstance(soft, WholeLogits):
+        return soft.keep(hidden, weight)
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(dtype), weight.to(dtype)
     want_gradients = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    loss, nll = _LinearCrossEntropy.apply(hidden, weight, targets, label_smoothing, z_loss, want_gradients)
+    loss, nll = _LinearCrossEntropy.apply(hidden, weight, targets, label_smoothing, z_loss, want_gradients, soft)
     return loss, nll.detach()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, smoothing: float, z_loss: float, want_gradients: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        smoothing: float,
+        z_loss: float,
+        want_gradients: bool,
+        soft: SoftTargets | None,
     ) -> tuple[Tensor, Tensor]:
         rows, vocab_size = len(hidden), len(weight)
-        chunk = max(1, min(rows, CHUNK_BYTES // (vocab_size * hidden.element_size())))
+        # A teacher's divergence takes some five times as much: both logits and probabilities, in float32.
+        row_bytes = vocab_size * (hidden.element_size() if soft is None else 20)
+        chunk = max(1, min(rows, CHUNK_BYTES // row_bytes))
         loss_sum, nll_sum = hidden.new_zeros((), dtype=torch.float32), hidden.new_zeros((), dtype=torch.float32)
         d_hidden = torch.empty_like(hidden) if want_gradients else None
         d_weight = None
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
             logits = hidden[part] @ weight.t()
-            loss, nll = softmax_gradient_(logits, targets[part], smoothing, z_loss, want_gradients)
+            if soft is None:
+                loss, nll = softmax_gradient_(logits, targets[part], smoothing, z_loss, want_gradients)
+            else:
+                loss, nll = distillation_gradient_(logits, targets[part], part, smoothing, z_loss, soft, want_gradients)
             loss_sum += loss.sum()
             nll_sum += nll.sum()
             if d_hidden is None:
@@ -102,7 +133,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("the loss's gradients are freed: backward runs once (retain_graph does not keep them)")
         d_hidden, d_weight = ctx.gradients
         ctx.gradients = None
-        return d_hidden.mul_(d_loss), d_weight.mul_(d_loss), None, None, None, None
+        return d_hidden.mul_(d_loss), d_weight.mul_(d_loss), None, None, None, None, None
 
 
 def _weight_gradient(d_logits: Tensor, hidden: Tensor) -> Tensor:
@@ -150,3 +181,32 @@ def softmax_gradient_(
         p.scatter_add_(-1, column, ((smoothing - 1) * scored.float()).unsqueeze(-1))
         logits.copy_(p)
     return loss, nll
+
+
+def distillation_gradient_(
+    logits: Tensor,
+    targets: Tensor,
+    part: slice,
+    smoothing: float,
+    z_loss: float,
+    soft: SoftTargets,
+    want_gradients: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """`softmax_gradient_` of the targets and of the teacher, mixed; `part`: which rows of the teacher's these are."""
+    rows = max(1, CACHE_BYTES // (4 * logits.size(-1)))
+    if logits.device.type == "cpu" and len(logits) > rows:
+        found = [
+            distillation_gradient_(
+                logits[start : start + rows], targets[start : start + rows],
+                slice(part.start + start, part.start + min(start + rows, len(logits))),
+                smoothing, z_loss, soft, want_gradients,
+            )
+            for start in range(0, len(logits), rows)
+        ]  # fmt: skip
+        losses, nlls = zip(*found, strict=True)
+        return torch.cat(losses), torch.cat(nlls)
+    taught, gradient = soft.gradient(logits, targets != IGNORED, part)
+    loss, nll = softmax_gradient_(logits, targets, smoothing, z_loss, want_gradients)
+    if want_gradients:
+        logits.copy_(gradient.mul_(soft.alpha * soft.weight).add_(logits, alpha=1 - soft.alpha))
+    return (1 - soft.alpha) * loss + soft.alpha * soft.weight * taught, nll

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bigtrain.config import DecoderConfig
+from bigtrain.config import DecoderConfig, head_dim
 from bigtrain.models.cross_entropy import Head
 from bigtrain.models.layers import Block, Cache, Dropout, Embedding, make_norm, rotary_table
 from bigtrain.models.network import Network
@@ -83,8 +83,7 @@ class Decoder(Network):
         if self.config.positions == "learned":
             x = x + self.positions(positions)
         else:
-            head_dim = self.config.dim // self.config.n_heads
-            cos, sin = rotary_table(positions, head_dim, self.config.rope_theta, x.dtype)
+            cos, sin = rotary_table(positions, head_dim(self.config), self.config.rope_theta, x.dtype)
             rotary = (cos.unsqueeze(-2), sin.unsqueeze(-2))  # the same for every head
         mask = attention_pattern(length, past, document_ids, attention_mask, tokens.device)
         x = self.dropout(x)

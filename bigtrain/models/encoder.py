@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from bigtrain.config import EncoderConfig
+from bigtrain.config import EncoderConfig, head_dim
 from bigtrain.models.layers import Block, Dropout, Embedding, Linear, make_norm, rotary_table
 from bigtrain.models.network import Network
 from bigtrain.models.unpadded import Unpadded
@@ -72,8 +72,7 @@ class Encoder(Network):
         if self.config.positions == "learned":
             x = x + self.positions(positions)
         else:
-            head_dim = self.config.dim // self.config.n_heads
-            cos, sin = rotary_table(positions, head_dim, self.config.rope_theta, x.dtype)
+            cos, sin = rotary_table(positions, head_dim(self.config), self.config.rope_theta, x.dtype)
             rotary = (cos.unsqueeze(-2), sin.unsqueeze(-2))  # the same for every head
         x = self.dropout(self.embedding_norm(x))
         mask = attention_pattern(attention_mask, document_ids) if unpadded is None else unpadded

@@ -15,6 +15,7 @@ from bigtrain.batch import IGNORED
 from bigtrain.config import EncoderConfig
 from bigtrain.models.cross_entropy import linear_cross_entropy
 from bigtrain.models.layers import Linear, make_norm
+from bigtrain.models.soft_targets import SoftTargets, WholeLogits
 
 ALIGNMENT = 8  # columns: tensor cores want sizes that are multiples of it
 
@@ -37,26 +38,42 @@ class MaskedLMHead(nn.Module):
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.bias)
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, label_smoothing: float = 0.0) -> Any:
+    def forward(
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        soft: SoftTargets | WholeLogits | None = None,
+    ) -> Any:
         """hidden (B, T, D) -> logits (B, T, V), or with targets (B, T) -> (loss_sum, nll_sum), float32 scalars.
 
         targets: -100 where a token is not scored. Only the scored tokens, some 15%, are computed at all.
+        soft: as in linear_cross_entropy, of the rows that `scored_rows` picks.
         """
         if targets is None:
             return F.linear(self.transform(hidden), self.weight, self.bias)
-        scored = targets != IGNORED
-        # A batch with nothing to score still runs one token through, unscored: every rank must use every weight.
-        scored[(0,) * scored.dim()] |= ~scored.any()
+        scored = scored_rows(targets)
         x = self.transform(hidden[scored])
         # The bias rides along as one more column of the weight: the loss then needs no kernel of its own.
         ones, zeros = x.new_ones(len(x), 1), x.new_zeros(len(x), ALIGNMENT - 1)
         bias = F.pad(self.bias.unsqueeze(1), (0, ALIGNMENT - 1))
         weight = torch.cat((self.weight, bias), dim=1)
-        return linear_cross_entropy(torch.cat((x, ones, zeros), dim=1), weight, targets[scored], label_smoothing)
+        rows = torch.cat((x, ones, zeros), dim=1)
+        return linear_cross_entropy(rows, weight, targets[scored], label_smoothing, soft=soft)
 
     def transform(self, hidden: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
         return self.norm(F.gelu(self.dense(hidden), approximate=self.approximate))
+
+
+def scored_rows(targets: Tensor) -> Tensor:
+    """targets (B, T) -> boolean (B, T): the tokens that a head for masked words computes.
+
+    A batch with nothing to score still runs one token through, unscored: every rank must use every weight.
+    """
+    scored = targets != IGNORED
+    scored[(0,) * scored.dim()] |= ~scored.any()
+    return scored
 
 
 class ClassificationHead(nn.Module):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigtrain.config import DecoderConfig, EncoderConfig, OurModelConfig
+from bigtrain.config import DecoderConfig, EncoderConfig, OurModelConfig, head_dim
 from bigtrain.models import cpu_kernels
 from bigtrain.models.unpadded import Unpadded
 
@@ -103,12 +103,12 @@ class Attention(nn.Module):
         self.causal = causal
         self.n_heads = config.n_heads
         self.n_kv_heads = (isinstance(config, DecoderConfig) and config.n_kv_heads) or config.n_heads
-        self.head_dim = config.dim // config.n_heads
+        self.head_dim = head_dim(config)
         self.dropout = config.dropout
         self.qkv = Linear(
             config.dim, (self.n_heads + 2 * self.n_kv_heads) * self.head_dim, config.bias, config.init_std
         )
-        self.out = Linear(config.dim, config.dim, config.bias, residual_std(config))
+        self.out = Linear(self.n_heads * self.head_dim, config.dim, config.bias, residual_std(config))
 
     def forward(
         self,

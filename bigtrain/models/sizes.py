@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bigtrain.config import EncoderConfig, HuggingFaceConfig, ModelConfig, Seq2SeqConfig
+from bigtrain.config import EncoderConfig, HuggingFaceConfig, ModelConfig, Seq2SeqConfig, head_dim
 from bigtrain.models.decoder import Decoder
 from bigtrain.models.encoder import Encoder
 from bigtrain.models.seq2seq import Seq2Seq
@@ -48,4 +48,5 @@ def flops_per_token(config: ModelConfig) -> float:
             multiplied -= pooler * (1 - 1 / config.max_seq_len)
     elif not config.tie_embeddings:
         rows += config.vocab_size
-    return 6.0 * (multiplied - rows * config.dim) + 12.0 * config.n_layers * config.dim * config.max_seq_len
+    width = config.n_heads * head_dim(config)
+    return 6.0 * (multiplied - rows * config.dim) + 12.0 * config.n_layers * width * config.max_seq_len

@@ -258,7 +258,6 @@ def rewrite(directory: Path, rename: Any, more: dict[str, Tensor] | None = None,
     ("name", "config", "values", "message"),
     [
         ("LlamaModel", "LlamaConfig", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling="),
-        ("LlamaModel", "LlamaConfig", {"head_dim": 32}, "head_dim=32: our heads are"),
         ("LlamaModel", "LlamaConfig", {"hidden_act": "gelu"}, "hidden_act=gelu"),
         ("LlamaModel", "LlamaConfig", {"attention_bias": True}, "attention_bias=True: our layers have biases"),
         ("MistralModel", "MistralConfig", {"sliding_window": 8}, "sliding_window=8: our attention sees"),

@@ -108,8 +108,6 @@ def _llama(theirs: Any, refuse: Refuse) -> DecoderConfig:
     rope.pop("type", None)  # the older name of rope_type, which transformers fills in from it
     if rope.pop("rope_type", "default") != "default" or rope.pop("partial_rotary_factor", 1.0) != 1.0 or rope:
         raise refuse("rope_scaling", theirs.rope_parameters, "our rotary positions are not scaled")
-    if theirs.head_dim != theirs.hidden_size // theirs.num_attention_heads:
-        raise refuse("head_dim", theirs.head_dim, "our heads are hidden_size / num_attention_heads wide")
     if theirs.hidden_act != "silu":
         raise refuse("hidden_act", theirs.hidden_act, "our gated feed-forward layer has silu (swiglu)")
     window = getattr(theirs, "sliding_window", None)
@@ -123,6 +121,7 @@ def _llama(theirs: Any, refuse: Refuse) -> DecoderConfig:
         n_layers=theirs.num_hidden_layers,
         n_heads=theirs.num_attention_heads,
         n_kv_heads=theirs.num_key_value_heads,
+        head_dim=theirs.head_dim if theirs.head_dim * theirs.num_attention_heads != theirs.hidden_size else None,
         ffn_dim=theirs.intermediate_size,
         vocab_size=theirs.vocab_size,
         max_seq_len=theirs.max_position_embeddings,

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from bigtrain.config import DecoderConfig, EncoderConfig, OurModelConfig
+from bigtrain.config import DecoderConfig, EncoderConfig, OurModelConfig, Seq2SeqConfig, head_dim
 from bigtrain.errors import BigtrainError, ConfigError
-from bigtrain.models.huggingface.names import BACKBONE, GPT2, LLAMA, Family, Rule, family_of, split_rows
+from bigtrain.models.huggingface.names import BACKBONE, GPT2, LLAMA, Family, Rule, family_of, qkv_rows, split_rows
 
 # Family, what the model is for -> the class, and which heads it has by the beginning of their names.
 ARCHITECTURES: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
@@ -46,6 +48,7 @@ def to_huggingface(
     """
     family = family_of(config)
     _check(config, family, architecture)
+    config, weights = _with_all_heads(config, family, weights)
     name, heads = ARCHITECTURES[family.model_type, architecture]
     settings: dict[str, Any] = {"architectures": [name], "model_type": family.model_type}
     # Named, for transformers would fill in the ids of its own GPT-2, Llama and BERT.
@@ -87,6 +90,43 @@ def _rename(
             yield (theirs if rule.of_head else prefix + theirs), part.contiguous()
     if missing:
         raise BigtrainError(f"the checkpoint has no parameter {min(missing)}, which {class_name} needs")
+
+
+def _with_all_heads(
+    config: OurModelConfig, family: Family, weights: Iterable[tuple[str, Tensor]]
+) -> tuple[OurModelConfig, Iterable[tuple[str, Tensor]]]:
+    """Heads that pruning has taken out come back as zeros where the family's are always dim / n_heads wide: they add
+    nothing to what the model says, and take space in the file again. Llama has a head size of its own.
+
+    Raises ConfigError where the hidden width is none of so many whole heads.
+    """
+    size = head_dim(config)
+    if family is LLAMA or size * config.n_heads == config.dim:
+        return config, weights
+    if config.dim % size or config.dim < size * config.n_heads:
+        raise ConfigError(
+            "model.head_dim", size, f"transformers' {_TITLES[family.model_type].split(',')[0]} has dim / n_heads;"
+            f" {config.n_heads} heads of {size} are not what dim={config.dim} can hold",
+            f"cut heads and dim so that dim is a multiple of {size}, and at least {size * config.n_heads}",
+        )  # fmt: skip
+    rows = qkv_rows(config)
+
+    def padded() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            if ".attention.qkv." in name:
+                parts = [_lengthened(part, config.dim) for part in tensor.split(rows)]
+                yield name, torch.cat(parts)
+            elif name.endswith(".attention.out.weight"):
+                yield name, _lengthened(tensor.t(), config.dim).t()
+            else:
+                yield name, tensor
+
+    assert not isinstance(config, Seq2SeqConfig)
+    return replace(config, n_heads=config.dim // size, head_dim=None), padded()
+
+
+def _lengthened(tensor: Tensor, rows: int) -> Tensor:
+    return torch.cat((tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])))
 
 
 def _belongs(rule: Rule, class_name: str, heads: tuple[str, ...]) -> bool:
@@ -175,7 +215,7 @@ def _llama(config: DecoderConfig) -> dict[str, Any]:
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads,
         "num_key_value_heads": config.n_kv_heads or config.n_heads,
-        "head_dim": config.dim // config.n_heads,
+        "head_dim": head_dim(config),
         "intermediate_size": config.ffn_dim or 4 * config.dim,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from bigtrain.config import DecoderConfig, EncoderConfig, OurModelConfig, Seq2SeqConfig
+from bigtrain.config import DecoderConfig, EncoderConfig, OurModelConfig, Seq2SeqConfig, head_dim
 from bigtrain.errors import ConfigError
 
 BACKBONE, HEAD, PAIR_HEAD = "backbone.", "head.", "pair_head."
@@ -51,9 +51,14 @@ def split_rows(tensor: Tensor, rule: Rule, config: OurModelConfig) -> list[Tenso
     """The parts of our tensor that are theirs: (gate, up) are of equal height, (query, key, value) may not be."""
     if len(rule.theirs) < 3:
         return list(tensor.chunk(len(rule.theirs)))
-    n_kv_heads = config.n_kv_heads if isinstance(config, DecoderConfig) else None
-    rows = config.dim // config.n_heads * (n_kv_heads or config.n_heads)
-    return list(tensor.split((config.dim, rows, rows)))
+    return list(tensor.split(qkv_rows(config)))
+
+
+def qkv_rows(config: OurModelConfig) -> tuple[int, int, int]:
+    """Rows of queries, keys and values in `attention.qkv`."""
+    n_kv_heads = (config.n_kv_heads if isinstance(config, DecoderConfig) else None) or config.n_heads
+    rows = n_kv_heads * head_dim(config)
+    return config.n_heads * head_dim(config), rows, rows
 
 
 def _gpt2(config: DecoderConfig) -> list[Rule]:

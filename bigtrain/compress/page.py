@@ -1,0 +1,97 @@
+"""The page and the picture of `bigtrain compress`: quality against size. One file, nothing is loaded."""
+
+from __future__ import annotations
+
+import base64
+import io
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from bigtrain.files import write_atomic
+from bigtrain.report import COLOURS, CSS, STYLE
+
+SMALLER_IS_BETTER = ("eval/perplexity", "eval/loss")
+
+
+def write_page(found: dict[str, Any], out: Path) -> Path:
+    """Write quality_size.png, and index.html which shows it over the table, into `out`; the page's path."""
+    png = draw(found)
+    (out / "quality_size.png").write_bytes(png)
+    write_atomic(out / "index.html", render(found, png))
+    return out / "index.html"
+
+
+def size(row: dict[str, Any]) -> float:
+    """Megabytes on the disk, or of what is not there, of its weights that are not zero in bfloat16."""
+    stored = row["disk_bytes"]
+    return float(stored if stored is not None else 2 * row["nonzeros"]) / 1e6
+
+
+def draw(found: dict[str, Any]) -> bytes:
+    """A point for each recipe: megabytes across, quality up (perplexity and loss: better is lower)."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows, name = found["rows"], found["quality"]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8, 4.6), dpi=110, layout="constrained", facecolor="white")
+        axes = figure.add_subplot()
+        for index, row in enumerate(rows):
+            axes.scatter(size(row), row["quality"], s=46, color=COLOURS[0 if index == 0 else 1], zorder=3)
+            axes.annotate(row["recipe"], (size(row), row["quality"]), (5, 4), textcoords="offset points", fontsize=8)
+        axes.axhline(rows[0]["quality"], color="#999999", linewidth=0.8, linestyle="--")
+        axes.set_xlabel("MB of weights on the disk")
+        axes.set_ylabel(name.removeprefix("eval/"))
+        if name in SMALLER_IS_BETTER:
+            axes.invert_yaxis()
+        axes.margins(x=0.12, y=0.12)
+        axes.set_title("Quality against size: up and to the left is better")
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def render(found: dict[str, Any], png: bytes) -> str:
+    quality = found["quality"].removeprefix("eval/")
+    head = (
+        "recipe", "parameters", "non-zero", "MB on disk", "held-out loss", quality, "ms, batch 1", "ms, batch 32",
+        "mJ, batch 1", "mJ, batch 32",
+    )  # fmt: skip
+    body = "".join(
+        f'<tr><th scope="row">{escape(row["recipe"])}</th>'
+        + "".join(f"<td>{cell}</td>" for cell in _cells(row))
+        + "</tr>"
+        for row in found["rows"]
+    )
+    names = "".join(f"<th>{escape(name)}</th>" for name in head)
+    machine, first = found["machine"], found["rows"][0]
+    title = f"What compression does to {Path(found['source']).name}"
+    trained = f"{found['recover_steps']} steps of recovery" if found["recover_steps"] else "one shot, no training"
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)} · bigtrain</title><style>{CSS}</style></head><body><main>"
+        f"<header><h1>{escape(title)}</h1><p>{escape(found['task'])}; {trained}; {escape(machine['processor'])},"
+        f" {machine['threads']} threads{', compiled' if machine['compiled'] else ''}; energy is time by"
+        f" {first['batch_1_watts']:.1f} W ({escape(first['batch_1_watts_source'])}).</p></header>"
+        f'<figure><img id="quality_size" alt="Quality against size" src="data:image/png;base64,'
+        f'{base64.b64encode(png).decode()}"></figure>'
+        f'<div class="scroll"><table class="numeric"><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
+        "</main></body></html>\n"
+    )
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    stored = row["disk_bytes"]
+    return (
+        f"{row['parameters']:,}",
+        f"{row['nonzeros']:,}",
+        "-" if stored is None else f"{stored / 1e6:.2f}",
+        f"{row['metrics'].get('eval/loss', float('nan')):.4f}",
+        f"{row['quality']:.4f}",
+        f"{row['batch_1_seconds'] * 1e3:.2f}",
+        f"{row['batch_32_seconds'] * 1e3:.2f}",
+        f"{row['batch_1_joules'] * 1e3:.1f}",
+        f"{row['batch_32_joules'] * 1e3:.1f}",
+    )

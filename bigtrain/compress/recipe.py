@@ -1,0 +1,75 @@
+"""What is to be done to a trained model, as it is typed: `magnitude=0.5`, `heads=0.25+neurons=0.5+int8`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bigtrain.compress.structure import PARTS, Cut
+from bigtrain.compress_config import PruneConfig, RampConfig, n_of_m
+from bigtrain.errors import ConfigError, nearest
+
+METHODS = ("magnitude", "wanda")
+QUANTIZED = ("int8", "int4", "int8_dynamic")
+EXAMPLES = "heads=0.25, neurons=0.5, layers=2, dim=64, magnitude=0.5, wanda=0.5, nm=2:4, int8, int4, int8_dynamic"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """In this order, with training after the first two if that is asked for: cut, prune, quantize."""
+
+    name: str  # as typed
+    cut: Cut
+    prune: PruneConfig | None = None
+    quantize: str | None = None  # one of QUANTIZED
+
+    @property
+    def folder(self) -> str:
+        return self.name.replace(":", "-").replace("=", "-")
+
+
+def parse(text: str) -> Recipe:
+    """Raises ConfigError for what is no step, a value that cannot be, or two steps of one kind."""
+    cut, prune, quantize = Cut(), None, None
+    seen: set[str] = set()
+    for step in text.split("+"):
+        name, equals, value = step.partition("=")
+        kind = "prune" if name in (*METHODS, "nm") else "quantize" if name in QUANTIZED else name
+        if kind in seen:
+            raise ConfigError("RECIPE", text, f"has {kind} twice")
+        seen.add(kind)
+        if name in QUANTIZED and not equals:
+            quantize = name
+        elif name in PARTS and equals:
+            cut = Cut(**{**vars(cut), name: _number(text, name, value)})
+        elif name in METHODS and equals:
+            prune = PruneConfig(method=name, sparsity=_sparsity(text, name, value), scope=_SCOPES[name])  # type: ignore[arg-type]
+        elif name == "nm" and equals:
+            try:
+                n_of_m(value)
+            except ValueError:
+                raise ConfigError("RECIPE", text, f"nm={value} is no pattern", "write it as nm=2:4") from None
+            prune = PruneConfig(pattern=value, scope="layer")
+        else:
+            near = nearest(name, (*METHODS, *QUANTIZED, *PARTS, "nm"))
+            hint = f"did you mean {near}?" if near and near != name else f"steps are {EXAMPLES}, joined by +"
+            raise ConfigError("RECIPE", text, f"{step!r} is no step", hint)
+    if prune is not None:
+        prune.schedule = RampConfig(kind="constant")
+    return Recipe(text, cut, prune, quantize)
+
+
+_SCOPES = {"magnitude": "global", "wanda": "layer"}
+
+
+def _number(text: str, name: str, value: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise ConfigError("RECIPE", text, f"{name}={value} is no number") from None
+
+
+def _sparsity(text: str, name: str, value: str) -> float:
+    found = _number(text, name, value)
+    if not 0 <= found < 1:
+        raise ConfigError("RECIPE", text, f"{name}={value}: sparsity must be at least 0 and below 1")
+    return found

@@ -1,0 +1,170 @@
+"""Sparse training inside real ranks, on the engines and data of tests/distributed/curves.py, for test_prune.py."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+
+from bigtrain import models
+from bigtrain.checkpoint import checkpoints
+from bigtrain.checkpoint.find import Keep
+from bigtrain.checkpoint.store import Saver, load
+from bigtrain.compress.prune import Prune
+from bigtrain.compress.schedule import fraction
+from bigtrain.compress_config import PruneConfig, RampConfig
+from bigtrain.config import section
+from bigtrain.engine import start
+from bigtrain.engine.host import HostGroup
+from bigtrain.errors import BigtrainError
+from tests.distributed.curves import GLOBAL_BATCH, MODEL, join, loss, make, sequences, train
+
+RAMP = RampConfig("linear", begin=1, end=4, every=1)
+
+
+class Sparse:
+    """An engine and its pruning, driven as the trainer does it."""
+
+    def __init__(
+        self, host: HostGroup, engine: dict[str, Any], training: dict[str, Any], prune: dict[str, Any]
+    ) -> None:
+        AcceleratorState._reset_state(True)
+        self.left_out = training.get("left_out", [])  # steps whose gradient is not finite
+        training = {key: value for key, value in training.items() if key != "left_out"}
+        config = make(engine, training.get("precision", "fp32"))
+        self.host, self.config = host, replace(config, train=replace(config.train, **training))
+        self.prune = Prune(section(PruneConfig, {"schedule": vars(RAMP)} | prune, "compress.prune"))
+
+        def model() -> nn.Module:
+            torch.manual_seed(0)
+            built = models.build(MODEL)
+            self.prune.apply(built)
+            if self.config.train.compile:
+                built.compile()
+            return built
+
+        self.engine = start.build(self.config, model, torch.device("cpu"))
+        self.prune.attach(self.engine, host)
+        self.step = 0
+
+    def begin(self) -> Sparse:
+        self.engine.model.train()
+        self.prune.begin(self.step)
+        return self
+
+    def steps(self, end: int) -> list[str]:
+        """Train to `end`. What is not as it should be after each step: the schedule's sparsity, and the zeros."""
+        wrong = []
+        while self.step < end:
+            if self.step in self.left_out:
+                self.leave_out()
+            else:
+                train(self.engine, self.config, self.host, self.step, self.step + 1)
+            self.step += 1
+            self.prune.update(self.step)
+            told = self.prune.metrics()["compress/sparsity"]
+            masks = self.keeps()
+            weights = dict(self.engine.weights())
+            if self.host.rank == 0:
+                zeros = sum(int((weights[name] == 0).sum()) for name in masks)
+                kept = sum(int(keep.sum()) for keep in masks.values())
+                wanted = self.wanted([keep.numel() for keep in masks.values()])
+                size = sum(keep.numel() for keep in masks.values())
+                if not zeros == size - kept == wanted == round(told * size):
+                    wrong.append(f"step {self.step}: {zeros} zeros, {size - kept} pruned, told {told}, {wanted} wanted")
+        return wrong
+
+    def leave_out(self) -> None:
+        share = GLOBAL_BATCH // self.host.world_size
+        tokens, targets = (part[self.host.rank * share : (self.host.rank + 1) * share] for part in sequences(self.step))
+        self.engine.forward_backward(loss, {"tokens": tokens, "targets": targets}, float("inf"), True)
+        assert not self.engine.step(1.0).applied
+
+    def wanted(self, sizes: list[int]) -> int:
+        """How many weights the schedule wants pruned now, of layers of these sizes and rows of 64 or 256."""
+        share, prune = fraction(self.prune.config.schedule, self.step), self.prune
+        if prune.pattern:
+            n, m = prune.pattern
+            return sum(size // m * int(share * (m - n) + 1e-9) for size in sizes)
+        if prune.config.method == "wanda":
+            columns = [layer.shape[1] for layer in prune.layers]
+            sparsity = prune.config.sparsity * share
+            return sum(size // row * round(sparsity * row) for size, row in zip(sizes, columns, strict=True))
+        sizes = [sum(sizes)] if prune.config.scope == "global" else sizes
+        return sum(round(prune.config.sparsity * share * size) for size in sizes)
+
+    def keeps(self) -> dict[str, Tensor]:
+        """{weight's name: its whole mask}."""
+        masks = self.prune.masks
+        parts = {index: part.keep for index, part in enumerate(masks.parts)}
+        return {layer.weight: masks.whole(layer, parts) for layer in masks.layers}
+
+    def digest(self) -> str:
+        packed = self.prune.masks.packed()
+        return hashlib.sha256(b"".join(packed[name].numpy().tobytes() for name in sorted(packed))).hexdigest()
+
+
+def walk(cases: dict[str, list[dict[str, Any]]]) -> dict[str, list[str]]:
+    """{case: what is wrong}, of (engine, training, pruning) each, trained through the whole ramp and beyond."""
+    host = join()
+    return {name: Sparse(host, *case).begin().steps(6) for name, case in cases.items()}
+
+
+def same_weights(
+    choices: dict[str, dict[str, Any]], precision: str, prunes: dict[str, Any]
+) -> dict[str, dict[str, str]]:
+    """{pruning: {engine: hash of the masks}}, chosen before the first step, of the same weights everywhere."""
+    host = join()
+    found: dict[str, dict[str, str]] = {}
+    for title, prune in prunes.items():
+        for name, choice in choices.items():
+            ramp = {"schedule": {"kind": "constant"}}
+            sparse = Sparse(host, choice, {"precision": precision}, ramp | prune)
+            found.setdefault(title, {})[name] = sparse.begin().digest()
+    return found
+
+
+def saved(choice: dict[str, Any], prunes: dict[str, Any], folder: str) -> dict[str, dict[str, Any]]:
+    """{pruning: its masks, ...}: train to step 3, save in the background, and train on."""
+    host = join()
+    found = {}
+    for name, prune in prunes.items():
+        sparse = Sparse(host, choice, {}, prune).begin()
+        wrong = sparse.steps(3)
+        saver = Saver(Path(folder) / name, sparse.engine, host, Keep(1), later=True, transforms=[sparse.prune])
+        saver.begin(3, {})
+        digest = sparse.digest()
+        wrong += sparse.steps(4)  # what is saved is a copy
+        problem = saver.finish().problem
+        saver.close()
+        found[name] = {"wrong": wrong, "problem": problem, "masks": digest, "masks_after": sparse.digest()}
+    return found
+
+
+def resumed(choices: dict[str, Any], prunes: dict[str, Any], folder: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """{pruning: {engine: its masks as loaded, and what is wrong in the steps after}}"""
+    host = join()
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for title, prune in prunes.items():
+        (checkpoint,) = checkpoints(Path(folder) / title)
+        for name, choice in choices.items():
+            sparse = Sparse(host, choice, {}, prune)
+            load(checkpoint, sparse.engine, [sparse.prune])
+            sparse.step = 3
+            digest = sparse.begin().digest()
+            found.setdefault(title, {})[name] = {"masks": digest, "wrong": sparse.steps(7)}
+    found["of other layers"] = {"": {"problem": _others_masks(sparse)}}
+    return found
+
+
+def _others_masks(sparse: Sparse) -> str:
+    try:
+        sparse.prune.load_state({"blocks.0.other.weight": torch.zeros(8, dtype=torch.uint8)})
+    except BigtrainError as error:
+        return str(error)
+    return "nothing was raised"
