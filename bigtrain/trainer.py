@@ -29,6 +29,9 @@ from bigtrain.hooks import Hooks, RunInfo
 from bigtrain.schedule import lr_multiplier
 from bigtrain.tasks import Evaluated, Task, Totals, TrainLoader
 
+# Of a forward over the whole held-out set, at least: without gradients there is room, and small ones take their time.
+EVAL_TOKENS = 4096
+
 
 class Trainer:
     """Runs the steps that are left, on every rank alike.
@@ -52,7 +55,8 @@ class Trainer:
         self.config, self.run_dir, self.info = config, run_dir, info
         self.engine, self.host, self.task, self.hooks = engine, host, task, hooks
         self.train_data: TrainLoader = task.train_loader(share)
-        self.held_out = task.held_out(share)
+        at_once = max(share.micro_batch, EVAL_TOKENS // config.model.max_seq_len)
+        self.held_out = task.held_out(replace(share, micro_batch=at_once))
         self.held_out_sample = task.held_out(share, config.train.eval_batches)
         self.guard = guards.Guard(config.train.guard)
         self.stop = stop  # set by a signal on any rank
