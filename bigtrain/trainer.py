@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bigtrain import guards, heartbeat
 from bigtrain.batch import Batch, count_tokens
-from bigtrain.checkpoint import Checkpoint, Keep, changes, facts, resolve_resume
+from bigtrain.checkpoint import Checkpoint, Keep, changes, facts
 from bigtrain.checkpoint import store as checkpoint_store
 from bigtrain.config import Config
 from bigtrain.data.example_loader import Share
@@ -244,12 +244,16 @@ class Trainer:
         this update is left out."""
         if self.saver.pending:
             self._publish()
-        found = self.host.broadcast(resolve_resume(self.run_dir, "auto") if self.host.rank == 0 else None)
+        heartbeat.phase(heartbeat.RESTORING, self.step)
+        found, damaged = checkpoint_store.choose(self.run_dir, "auto", self.host)
+        for line in damaged:
+            self.hooks.on_warning(self.step, line)
         if found is None:
             return False
         left, guard = self.step, self.guard
         bad, left_out, spikes = guard.data_step(left), guard.left_out, guard.spikes
-        checkpoint_store.load(found, self.engine)
+        with refusals(found.path):
+            checkpoint_store.load(found, self.engine)
         self.step = self.saved_step = found.step
         self.tokens = found.manifest["tokens"]
         guard.load_state(found.manifest.get("guard", {}))
