@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bigtrain import guards, heartbeat
 from bigtrain.batch import Batch, count_tokens
-from bigtrain.checkpoint import Checkpoint, Keep, changes, facts, resolve_resume
+from bigtrain.checkpoint import Checkpoint, Keep, changes, facts
 from bigtrain.checkpoint import store as checkpoint_store
 from bigtrain.compress.base import LossFunction, Transform
 from bigtrain.config import Config
@@ -31,6 +31,9 @@ from bigtrain.profile import Profiler
 from bigtrain.schedule import lr_multiplier
 from bigtrain.stragglers import ForwardTimer, Stragglers
 from bigtrain.tasks import Evaluated, Task, Totals, TrainLoader
+
+# Of a forward over the whole held-out set, at least: without gradients there is room, and small ones take their time.
+EVAL_TOKENS = 4096
 
 
 class Trainer:
@@ -60,7 +63,8 @@ class Trainer:
         for transform in transforms:
             self.loss = transform.loss(self.loss)
         self.train_data: TrainLoader = task.train_loader(share)
-        self.held_out = task.held_out(share)
+        at_once = max(share.micro_batch, EVAL_TOKENS // config.model.max_seq_len)
+        self.held_out = task.held_out(replace(share, micro_batch=at_once))
         self.held_out_sample = task.held_out(share, config.train.eval_batches)
         self.guard = guards.Guard(config.train.guard)
         self.stop = stop  # set by a signal on any rank
@@ -260,12 +264,16 @@ class Trainer:
         this update is left out."""
         if self.saver.pending:
             self._publish()
-        found = self.host.broadcast(resolve_resume(self.run_dir, "auto") if self.host.rank == 0 else None)
+        heartbeat.phase(heartbeat.RESTORING, self.step)
+        found, damaged = checkpoint_store.choose(self.run_dir, "auto", self.host)
+        for line in damaged:
+            self.hooks.on_warning(self.step, line)
         if found is None:
             return False
         left, guard = self.step, self.guard
         bad, left_out, spikes = guard.data_step(left), guard.left_out, guard.spikes
-        checkpoint_store.load(found, self.engine, self.transforms)
+        with refusals(found.path):
+            checkpoint_store.load(found, self.engine, self.transforms)
         self.step = self.saved_step = found.step
         self._begin()
         self.tokens = found.manifest["tokens"]

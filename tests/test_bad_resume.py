@@ -153,6 +153,8 @@ ROWS = [
     Row("other heads", nothing, ["model.n_heads"], ["train", *ON, "model.n_heads=4"]),
     Row("other positions", nothing, ["model.positions"], ["train", *ON, "model.positions=rotary"]),
     Row("other batch", nothing, ["train.global_batch"], ["train", *ON, "train.global_batch=16"]),
+    Row("a number of ranks that cannot share the batch", nothing, ["train.global_batch=8", "ranks, 3"],
+        ["train", *ON, "launch.ranks=3"]),
     Row("other tokenizer", nothing, ["data.tokenizer"], ["train", *ON, "data.tokenizer.vocab_size=600"]),
     Row("other dtype", nothing, ["train.precision"], ["train", *ON, "train.precision=bf16"]),
     Row("other optimizer", nothing, ["optimizer"], ["train", *ON, "optimizer=lion"]),
@@ -240,6 +242,27 @@ def test_bad_resume(
     assert seconds < LIMIT_SECONDS, seconds
     assert not (tmp_path / "new").exists()
     assert not (tmp_path / "out").exists()
+
+
+def test_a_clock_in_the_past_changes_nothing(
+    trained_run: Path, data_cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All that there is was written in a year to come: order goes by steps, and nothing else asks for the time."""
+    run = tmp_path / "run"
+    shutil.copytree(trained_run, run)
+    facts = json.loads((step(run) / "manifest.json").read_text())
+    later = {name: facts[name] for name in facts if name not in ("files", "manifest_sha256")}
+    integrity.seal(step(run), later | {"time": "2099-01-01T00:00:00+0000"})
+    for path in [run, *run.rglob("*")]:
+        os.utime(path, (4e9, 4e9))
+    assert cli._run(["checkpoint", "verify", str(run)]) == 0
+    assert cli._run(["checkpoint", "list", str(run)]) == 0
+    typed = arguments(Row("later", nothing, [], ["train", "resume=required", "train.steps=2"]), tmp_path, data_cache)
+    assert cli._run(typed) == 0
+    said = capsys.readouterr()
+    assert "2099" in said.out
+    assert "is finished at step 2" in said.out
+    assert cli._run(["generate", str(run), "--prompt", "a", "--max-new-tokens", "1", "--device", "cpu"]) == 0
 
 
 def test_the_run_of_this_test_is_good(trained_run: Path, data_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from bigtrain import generate, models
+from bigtrain import cli, generate, models
 from bigtrain.checkpoint.integrity import seal
 from bigtrain.checkpoint.weights import write_weights
 from bigtrain.config import Config, DecoderConfig, dump
@@ -220,6 +221,22 @@ def test_several_prompts_come_back_in_their_order(run_dir: Path) -> None:
     prompts = ["def main", "", "return 0\n" * 8, "d"]
     alone = [generate.run(run_dir, [prompt], max_new_tokens=20)[0] for prompt in prompts]
     assert generate.run(run_dir, prompts, max_new_tokens=20) == alone
+
+
+def test_lines_of_stdin_come_back_in_their_order(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batch mode: a prompt a line, between prompts of the command line where it says `-`."""
+    lines = ["one two", "three", "one"]
+    shared = ["--max-new-tokens", "3", "--temperature", "0", "--device", "cpu"]
+    alone = []
+    for line in ["first", *lines]:
+        assert cli._run(["generate", str(run_dir), "--prompt", line, *shared]) == 0
+        alone.append(capsys.readouterr().out.removesuffix("\n"))
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    assert cli._run(["generate", str(run_dir), "--prompt", "first", "--prompt", "-", *shared]) == 0
+    assert capsys.readouterr().out.removesuffix("\n") == "\n\n".join(alone)
+    assert len(set(alone)) == 4
 
 
 def test_sampling_is_reproducible_by_seed(run_dir: Path) -> None:

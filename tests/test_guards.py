@@ -116,8 +116,15 @@ def test_a_discarded_step_leaves_no_trace(precision: str) -> None:
 
 
 def test_spikes(tmp_path: Path) -> None:
-    arguments = {"choice": ZERO["zero2"], "policies": ["warn", "skip", "rollback"], "folder": str(tmp_path)}
+    over = "rollback over a damaged checkpoint"
+    arguments = {"choice": ZERO["zero2"], "policies": ["warn", "skip", "rollback", over], "folder": str(tmp_path)}
     here, there = run_ranks(f"{GUARDED}:spikes", 2, arguments)
+    found = here.pop(over)
+    assert re.search(r"step-0*20 is damaged \(.*\) and not used", found["warnings"][0])
+    assert "back to step 10, without the data around it" in found["warnings"][1]
+    assert found["left_out"] == [[23, 25]]
+    assert [int(step) for step in found["losses"]] == list(range(1, 33))
+    assert there[over]["warnings"] == found["warnings"]
     for policy, found in here.items():
         losses = {int(step): loss for step, loss in found["losses"].items()}
         assert list(losses) == list(range(1, 33)), policy

@@ -103,11 +103,28 @@ class Recorder(Hook):
         self.warnings.append(message)
 
 
-def trainer(config: Config, engine: Engine, host: HostGroup, task: Pattern, folder: Path) -> tuple[Trainer, Recorder]:
+class Damaging(Hook):
+    """Flips a bit in the largest file of the checkpoint of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.at = step
+
+    def on_checkpoint(self, step: int, path: Path) -> None:
+        if step == self.at:
+            self.at = -1  # once
+            largest = max((file for file in path.rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+            data = bytearray(largest.read_bytes())
+            data[len(data) // 2] ^= 1
+            largest.write_bytes(data)
+
+
+def trainer(
+    config: Config, engine: Engine, host: HostGroup, task: Pattern, folder: Path, *more: Hook
+) -> tuple[Trainer, Recorder]:
     share = Share(host.rank, host.world_size, config.train.global_batch, MICRO_BATCH, 0)
     recorder = Recorder()
     info = RunInfo(folder, config, host.rank, host.world_size, "CPU", 0, 0.0, None, None, 0, False)
-    hooks = Hooks([recorder])
+    hooks = Hooks([recorder, *more])
     return Trainer(config, folder, engine, host, task, share, hooks, info, Event()), recorder
 
 
@@ -195,10 +212,11 @@ def spikes(choice: dict[str, Any], policies: list[str], folder: str) -> dict[str
 
 
 def _spikes(host: HostGroup, choice: dict[str, Any], policy: str, folder: Path) -> dict[str, Any]:
-    guard = {"spike": policy, "skip_steps": 1, "spike_window": 20}
+    damaging = [Damaging(20)] if policy == "rollback over a damaged checkpoint" and host.rank == 0 else []
+    guard = {"spike": policy.split()[0], "skip_steps": 1, "spike_window": 20}
     config = configured(choice, "fp32", 32, guard, save_every=10)
     engine = build(config)
-    run, recorder = trainer(config, engine, host, Pattern(24, "spike"), folder)
+    run, recorder = trainer(config, engine, host, Pattern(24, "spike"), folder, *damaging)
     result = run.fit()
     seen = {"losses": recorder.losses, "warnings": recorder.warnings, "left_out": run.guard.left_out,
             "dropped": result["train/dropped_updates"], "saved": checkpoints(folder)[-1].manifest["guard"]}  # fmt: skip
