@@ -24,8 +24,7 @@ from bigtrain.plan.flops import sequence_length
 from bigtrain.plan.result import GIB
 from bigtrain.plan.sizes import Parameter, Sizes
 
-PERSISTENT = 100_000  # elements of a ZeRO-3 parameter that stays gathered (stage3_param_persistence_threshold)
-REUSED = 1_000_000_000  # elements between two uses up to which it stays gathered too (stage3_max_reuse_distance)
+LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered and fetches ahead (stage3_max_live_parameters)
 SUB_GROUP = 1_000_000_000  # elements of a rank that ZeRO-3 updates at a time
 ALL_REDUCED = 500_000_000  # elements of gradients that stage 0 sends at a time
 NVME_BUFFERS, NVME_BUFFER = 5, 100_000_000  # offload_param: buffer_count, buffer_size in elements
@@ -242,12 +241,11 @@ class _Zero:
     def moments(self, states: dict[str, int], update: dict[str, int]) -> list[Moment]:
         found, checkpointing = self.found, self.config.train.activation_checkpointing
         saved = found.saved(checkpointing)
-        gathered = self.gathered()
-        kept = states | self.accumulated() | gathered
-        loss = kept | {"activations": saved, "logits": found.head_peak}
+        kept = states | self.accumulated()
+        loss = kept | self.gathered(backward=False) | {"activations": saved, "logits": found.head_peak}
         again = max(found.blocks, default=0) if checkpointing else 0  # of the block that is computed again
         backward = _sum(
-            kept,
+            kept | self.gathered(backward=True),
             {"activations": saved + again, "logits": self.largest_gradient, "temporary": found.working},
             {"buckets": self.buckets if 0 < self.engine.stage < 3 else 0},
         )
@@ -288,15 +286,13 @@ class _Zero:
                 change[(start - 1) // shard + 1] -= each.count
         return max(accumulate(change))
 
-    def gathered(self) -> dict[str, int]:
-        """Whole parameters of ZeRO-3 at the widest place. What is used again within REUSED elements stays, which at
-        the end of the forward pass is the last half of that."""
+    def gathered(self, backward: bool) -> dict[str, int]:
+        """Whole parameters of ZeRO-3 at the widest place. Each module that runs fetches another bucket ahead, until
+        LIVE elements are there; in the backward pass the largest, used at both ends of the model, comes on top."""
         if self.engine.stage != 3:
             return {}
-        total = sum(each.count for each in self.sizes.parameters)
-        small = sum(each.count for each in self.sizes.parameters if each.count <= PERSISTENT)
-        prefetched = self.bucket // self.element
-        return {"gathered": self.element * min(total, small + REUSED // 2 + prefetched)}
+        largest = max((each.count for each in self.sizes.parameters), default=0)
+        return {"gathered": self.element * min(self.sizes.total, LIVE + (largest if backward else 0))}
 
     def reduced(self) -> dict[str, int]:
         """When the last gradient, that of the embedding, has come."""
@@ -306,8 +302,8 @@ class _Zero:
             flat = element * min(self.sizes.trained, ALL_REDUCED)
             own = 0 if self.accumulates else element * self.sizes.trained
             return {"gradients": own + max(last, flat)}
-        if stage == 3:
-            return {"gradients": last}
+        if stage == 3:  # whose weights are let go when they are used for the last time
+            return {"gradients": last, "gathered": self.largest_gradient}
         if stage == 2 and self.gradient_bytes != element:  # added to the accumulated ones at once
             return {"gradients": last, "buckets": self.buckets}
         return {"gradients": element * self.owned + last, "buckets": self.buckets}
