@@ -16,7 +16,7 @@ from bigtrain.plan.efficiency import CPU, of
 
 def test_measures_and_plans_with_it(tmp_path: Path) -> None:
     file = tmp_path / "here.yaml"
-    measure.write_cluster_file(file, budget_seconds=0.02)
+    measure.write_cluster_file(file, budget_seconds=0.05)
     cluster = clusters.find(str(file))
     placement = hardware.place(LaunchConfig())
     assert cluster.devices_per_node == placement.ranks
