@@ -575,8 +575,19 @@ def runs(directory: Path) -> None:
 
 @command.command()
 @click.option("--build", is_flag=True, help="Compile DeepSpeed's native ops now instead of at first use.")
-def doctor(build: bool) -> int:
+@click.option(
+    "--cluster-file",
+    type=click.Path(path_type=Path),
+    help="Measure this machine into FILE, for plan cluster=FILE.",
+)
+def doctor(build: bool, cluster_file: Path | None) -> int:
     """Show what this machine has and what is missing. Exit status 1 if something needed is."""
+    if cluster_file is not None:
+        from bigtrain.plan.measure import described, write_cluster_file
+
+        click.echo(described(write_cluster_file(cluster_file)))
+        click.echo(cluster_file)
+        return 0
     from bigtrain.doctor import examine
 
     return 0 if examine(build) else 1

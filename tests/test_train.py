@@ -40,7 +40,14 @@ def test_a_run_leaves_what_it_promises(uninterrupted: Path) -> None:
                 "perf/peak_memory_gib", "data/tokens"}  # fmt: skip
     assert promised <= steps[0].keys()
     assert steps[-1]["train/loss"] < steps[0]["train/loss"]
-    for name in ("config.yaml", "config.sha256", "launch.json", "ds_config.json", "tokenizer/tokenizer.json"):
+    for name in (
+        "config.yaml",
+        "config.sha256",
+        "launch.json",
+        "plan.json",
+        "ds_config.json",
+        "tokenizer/tokenizer.json",
+    ):
         assert (uninterrupted / name).is_file(), name
     config = load(uninterrupted / "config.yaml")
     assert config.model.vocab_size == 512

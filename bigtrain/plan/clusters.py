@@ -33,8 +33,8 @@ class Device:
     watts: float  # at full load
     context_gib: float = 0.0  # driver, libraries and communication buffers: outside what torch allocates
     block_mib: float = 0.0  # what the allocator reserves a large block in multiples of; 0: it does not
-    # Of the peak, what a large matrix product reaches: measured by `bigtrain doctor`; null: the general assumption.
-    matmul_efficiency: float | None = None
+    # What `bigtrain doctor` measured of plan/efficiency.py's fractions, by their names; the others are assumed.
+    efficiency: dict[str, float] = field(default_factory=dict)
 
     def tflops(self, precision: str) -> float:
         """Peak of bf16, fp16, fp32 or fp8."""
@@ -108,7 +108,7 @@ def find(selector: str) -> Cluster:
     if match:
         path = Path(match[1]).expanduser()
         if not path.is_file():
-            raise ConfigError("cluster", selector, "no such file", "bigtrain doctor --cluster FILE writes one")
+            raise ConfigError("cluster", selector, "no such file", "bigtrain doctor --cluster-file FILE writes one")
         cluster = read(path)
         return cluster.resized(int(match[2])) if match[2] else cluster
     known = presets()

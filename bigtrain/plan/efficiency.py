@@ -9,6 +9,7 @@ Triton kernel that has been replaced since.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from bigtrain.plan.clusters import Device
 
@@ -35,16 +36,25 @@ CPU = Efficiency(
 )
 
 
-def of(device: Device) -> Efficiency:
-    """What to assume of a device. Unknown GPUs are taken for the nearest validated generation."""
+# Attention: FlashAttention-2 reaches 50-73% of an A100, forward and backward, and 335 TFLOP/s of an H100 (arXiv
+# 2307.08691, section 4.1).
+MEASURABLE = ("matmul", "attention", "memory", "optimizer", "layer_seconds", "exposed")
+
+
+def of(device: Device, precision: str = "bf16") -> Efficiency:
+    """What was measured of a device in a precision, else what to assume of it.
+
+    An unknown GPU is taken for the nearest generation that was validated.
+    """
     if device.is_cpu:
         found = CPU
     elif "A100" in device.name:
-        found = (
-            AMPERE  # attention: FlashAttention-2 (arXiv 2307.08691, section 4.1) reaches 50-73% forward and backward
-        )
-    elif "H100" in device.name:
-        found = HOPPER  # attention: FlashAttention-2 on H100, 335 TFLOP/s (same section)
+        found = AMPERE
     else:
-        found = replace(HOPPER, validated=False)
-    return replace(found, matmul=device.matmul_efficiency) if device.matmul_efficiency else found
+        found = HOPPER if "H100" in device.name else replace(HOPPER, validated=False)
+    changes: dict[str, Any] = {}
+    for name in MEASURABLE:
+        value = device.efficiency.get(f"{name}_{precision}", device.efficiency.get(name))
+        if value is not None:
+            changes[name] = value
+    return replace(found, **changes)

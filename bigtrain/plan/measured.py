@@ -3,8 +3,9 @@
 The resident set of a process is no measure of a model: libraries, the interpreter and freed memory that is kept are
 in it, hundreds of MiB that differ from run to run. Here every operator's results are seen as they are made
 (`TorchDispatchMode`), and a storage's bytes count from then until its last reference goes, in whichever thread. The
-sum is exact, the same in every run, and works for tensors without memory too. Scratch memory that an operator takes
-and gives back inside itself is not seen (0.7% of the peak in the run where the allocator's own count was compared).
+sum is exact and works for tensors without memory too. Scratch memory that an operator takes and gives back inside
+itself is not seen (0.7% of the peak in the run where the allocator's own count was compared), and gloo's thread may
+hold on to what it has sent a moment longer in one run than in another.
 """
 
 from __future__ import annotations

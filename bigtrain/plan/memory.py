@@ -13,6 +13,8 @@ import math
 import os
 import shutil
 from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import accumulate
 from typing import Literal
 
 from bigtrain.config import AccelerateConfig, Config, DeepSpeedConfig, MuonConfig, accumulation_steps, micro_batch
@@ -22,8 +24,7 @@ from bigtrain.plan.flops import sequence_length
 from bigtrain.plan.result import GIB
 from bigtrain.plan.sizes import Parameter, Sizes
 
-PERSISTENT = 100_000  # elements of a ZeRO-3 parameter that stays gathered (stage3_param_persistence_threshold)
-REUSED = 1_000_000_000  # elements between two uses up to which it stays gathered too (stage3_max_reuse_distance)
+LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered and fetches ahead (stage3_max_live_parameters)
 SUB_GROUP = 1_000_000_000  # elements of a rank that ZeRO-3 updates at a time
 ALL_REDUCED = 500_000_000  # elements of gradients that stage 0 sends at a time
 NVME_BUFFERS, NVME_BUFFER = 5, 100_000_000  # offload_param: buffer_count, buffer_size in elements
@@ -92,7 +93,7 @@ def estimate(config: Config, ranks: int, sizes: Sizes, device: Device) -> Memory
     found = activations.of(config, setting)
     if isinstance(config.engine, AccelerateConfig):
         return _accelerate(config, ranks, sizes, found, device)
-    groups = _groups(config, sizes)
+    groups = _groups(config, sizes, device)
     return _Zero(config, config.engine, ranks, sizes, groups, found, element, device).memory()
 
 
@@ -103,7 +104,7 @@ def _cpu_kernels() -> bool:
     return bool(os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc"))
 
 
-def _groups(config: Config, sizes: Sizes) -> list[_Group]:
+def _groups(config: Config, sizes: Sizes, device: Device) -> list[_Group]:
     """As engine/optimizers.parameter_groups makes them (layer_lr_decay splits them further, which changes padding)."""
     groups: dict[tuple[bool, bool], list[Parameter]] = {}
     for each in sizes.parameters:
@@ -111,10 +112,10 @@ def _groups(config: Config, sizes: Sizes) -> list[_Group]:
             matrix = len(each.shape) >= 2
             hidden = matrix and "embed" not in each.name and "head" not in each.name.split(".")
             groups.setdefault((matrix, hidden and isinstance(config.optimizer, MuonConfig)), []).append(each)
-    return [_Group(tuple(parameters), _state_bytes(config, parameters)) for parameters in groups.values()]
+    return [_Group(tuple(parameters), _state_bytes(config, parameters, device)) for parameters in groups.values()]
 
 
-def _state_bytes(config: Config, parameters: list[Parameter]) -> float:
+def _state_bytes(config: Config, parameters: list[Parameter], device: Device) -> float:
     """Of the optimizer for each element, its fp32 master not counted."""
     kind = config.optimizer.kind
     if kind == "adamw8bit":
@@ -128,7 +129,10 @@ def _state_bytes(config: Config, parameters: list[Parameter]) -> float:
         name = parameters[0].name
         hidden = len(parameters[0].shape) >= 2 and "embed" not in name and "head" not in name.split(".")
         return 4.0 if hidden else 8.0
-    return 4.0 if kind == "lion" else 8.0
+    if kind == "lion":  # DeepSpeed's for hosts keeps a second moment that it does not use
+        on_host = device == "cpu" or getattr(config.engine, "offload_optimizer", "none") != "none"
+        return 8.0 if on_host else 4.0
+    return 8.0
 
 
 @dataclass(frozen=True)
@@ -237,12 +241,11 @@ class _Zero:
     def moments(self, states: dict[str, int], update: dict[str, int]) -> list[Moment]:
         found, checkpointing = self.found, self.config.train.activation_checkpointing
         saved = found.saved(checkpointing)
-        gathered = self.gathered()
-        kept = states | self.accumulated() | gathered
-        loss = kept | {"activations": saved, "logits": found.head_peak}
+        kept = states | self.accumulated()
+        loss = kept | self.gathered(backward=False) | {"activations": saved, "logits": found.head_peak}
         again = max(found.blocks, default=0) if checkpointing else 0  # of the block that is computed again
         backward = _sum(
-            kept,
+            kept | self.gathered(backward=True),
             {"activations": saved + again, "logits": self.largest_gradient, "temporary": found.working},
             {"buckets": self.buckets if 0 < self.engine.stage < 3 else 0},
         )
@@ -266,47 +269,44 @@ class _Zero:
         if self.engine.stage == 2:
             if self.engine.offload_optimizer != "none":
                 return {}  # added up in host memory
-            owned = self.owned() if self.gradient_bytes == self.element else sum(map(self.shard, self.groups))
+            owned = self.owned if self.gradient_bytes == self.element else sum(map(self.shard, self.groups))
             return {"gradients": self.gradient_bytes * owned}
         return {"gradients": self.element * trained} | ({"buckets": self.bucket} if self.engine.stage == 1 else {})
 
+    @cached_property
     def owned(self) -> int:
-        """Elements of all the parameters that reach into a rank's partition, of the rank that has most."""
-        most = 0
-        for rank in range(min(self.ranks, 2)):  # the first have the large ones: the embedding
-            total = 0
-            for group in self.groups:
-                shard, start = self.shard(group), 0
-                for each in group.parameters:
-                    if start < (rank + 1) * shard and start + each.count > rank * shard:
-                        total += min(start + each.count, (rank + 1) * shard) - max(start, rank * shard)
-                    start += each.count
-            most = max(most, total)
-        return most
+        """Elements of all the parameters that reach into a rank's partition, whole as DeepSpeed's buffer for their
+        gradients has them, of the rank that has most: a large table counts in full on each of its ranks."""
+        change = [0] * (self.ranks + 1)
+        for group in self.groups:
+            shard, start = self.shard(group), 0
+            for each in group.parameters:
+                change[start // shard] += each.count
+                start += each.count
+                change[(start - 1) // shard + 1] -= each.count
+        return max(accumulate(change))
 
-    def gathered(self) -> dict[str, int]:
-        """Whole parameters of ZeRO-3 at the widest place. What is used again within REUSED elements stays, which at
-        the end of the forward pass is the last half of that."""
+    def gathered(self, backward: bool) -> dict[str, int]:
+        """Whole parameters of ZeRO-3 at the widest place. Each module that runs fetches another bucket ahead, until
+        LIVE elements are there; in the backward pass the largest, used at both ends of the model, comes on top."""
         if self.engine.stage != 3:
             return {}
-        total = sum(each.count for each in self.sizes.parameters)
-        small = sum(each.count for each in self.sizes.parameters if each.count <= PERSISTENT)
-        prefetched = self.bucket // self.element
-        return {"gathered": self.element * min(total, small + REUSED // 2 + prefetched)}
+        largest = max((each.count for each in self.sizes.parameters), default=0)
+        return {"gathered": self.element * min(self.sizes.total, LIVE + (largest if backward else 0))}
 
     def reduced(self) -> dict[str, int]:
         """When the last gradient, that of the embedding, has come."""
-        stage, element, shard = self.engine.stage, self.element, sum(map(self.shard, self.groups))
+        stage, element = self.engine.stage, self.element
         last = 2 * self.largest_gradient
         if stage == 0:
             flat = element * min(self.sizes.trained, ALL_REDUCED)
             own = 0 if self.accumulates else element * self.sizes.trained
             return {"gradients": own + max(last, flat)}
-        if stage == 3:
-            return {"gradients": last}
+        if stage == 3:  # whose weights are let go when they are used for the last time
+            return {"gradients": last, "gathered": self.largest_gradient}
         if stage == 2 and self.gradient_bytes != element:  # added to the accumulated ones at once
             return {"gradients": last, "buckets": self.buckets}
-        return {"gradients": element * shard + last, "buckets": self.buckets}
+        return {"gradients": element * self.owned + last, "buckets": self.buckets}
 
     def update(self) -> dict[str, int]:
         """On top of the states: gradients, and a group's of them in fp32, flat."""
@@ -316,7 +316,8 @@ class _Zero:
             return {"gradients": element * self.sizes.trained, "temporary": 4 * self.sizes.trained * (element == 2)}
         largest = min(max(shards, default=0), SUB_GROUP)
         copies = largest * (4 + (self.gradient_bytes if self.gradient_bytes != 4 else 0))
-        held = {} if stage == 3 else {"gradients": self.gradient_bytes * sum(shards)}
+        owned = self.owned if stage < 3 and self.gradient_bytes == element else sum(shards)
+        held = {} if stage == 3 else {"gradients": self.gradient_bytes * owned}
         return held | {"temporary": copies}
 
     def building(self, states: dict[str, int]) -> dict[str, int]:
@@ -336,7 +337,7 @@ def _accelerate(config: Config, ranks: int, sizes: Sizes, found: Activations, de
     sharded = config.engine.parallel == "fsdp2" and ranks > 1
     share = ranks if sharded else 1
     shard = sum(math.ceil(each.count / share) for each in sizes.parameters)
-    optimizer = sum(round(group.count * group.state_bytes / share) for group in _groups(config, sizes))
+    optimizer = sum(round(group.count * group.state_bytes / share) for group in _groups(config, sizes, device))
     states = {"parameters": 4 * shard, "optimizer": optimizer}
     trained = math.ceil(sizes.trained / share)
     held = {"buckets": 4 * trained if ranks > 1 and not sharded else 0}  # DDP reduces in a copy of the gradients

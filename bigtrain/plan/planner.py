@@ -94,7 +94,7 @@ def _explain_memory(plan: Plan, config: Config, found: Memory) -> None:
         ),
         "logits": ("a chunk of logits, and the loss's gradients", "bigtrain/models/cross_entropy.py"),
         "buckets": ("engine.bucket_mib, twice where reducing overlaps", "DeepSpeed 0.19, setup_buckets"),
-        "gathered": ("weights of the layers in use, up to 0.5e9", "DeepSpeed 0.19, stage3_max_reuse_distance"),
+        "gathered": ("weights in use and fetched ahead, up to 1e9", "DeepSpeed 0.19, stage3_max_live_parameters"),
         "temporary": ("gradients in flight, or their copy in fp32", "DeepSpeed 0.19, runtime/zero"),
         "offloaded": ("states in host memory, which a CPU's device memory is", "arXiv 2101.06840"),
         "rounding": ("half a block for each large tensor", "torch.cuda's caching allocator"),

@@ -144,8 +144,10 @@ def state_bytes(engine: Any) -> dict[str, int]:
     weights, masters, moments = set(), set(), set()
     for parameter in engine.model.parameters():
         weights.add(getattr(parameter, "ds_tensor", parameter).untyped_storage())
-    for group in engine.optimizer.param_groups:
-        masters |= {each.untyped_storage() for each in group["params"]}
+    groups = [each for group in engine.optimizer.param_groups for each in group["params"]]
+    zero = getattr(getattr(engine, "engine", None), "optimizer", None)
+    groups += getattr(zero, "fp32_partitioned_groups_flat", [])  # ZeRO-3 lends them to the optimizer in a step only
+    masters |= {each.untyped_storage() for each in groups}
     for state in engine.optimizer.state.values():
         moments |= {each.untyped_storage() for each in state.values() if torch.is_tensor(each) and each.dim()}
 

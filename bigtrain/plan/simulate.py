@@ -22,7 +22,6 @@ from bigtrain.config import Config, DeepSpeedConfig
 from bigtrain.errors import ConfigError
 from bigtrain.plan import communication, money, step_time
 from bigtrain.plan.clusters import Cluster
-from bigtrain.plan.efficiency import of
 from bigtrain.plan.sizes import Sizes
 
 COMPUTE, NETWORK = "compute", "network"
@@ -142,10 +141,7 @@ def step(config: Config, cluster: Cluster, ranks: int, sizes: Sizes, jitter: flo
 
 def _tasks(config: Config, cluster: Cluster, ranks: int, sizes: Sizes) -> tuple[list[Task], float]:
     """A step as tasks, and the mean seconds of a layer."""
-    gathers = step_time.gathers_layers(config)
-    efficiency = of(cluster.device)
-    if not gathers:
-        efficiency = replace(efficiency, layer_seconds=efficiency.layer_seconds / 3)
+    efficiency = step_time.assumed(config, cluster)
     ideal = step_time.ideal(config, cluster, ranks, sizes.total, sizes.trained)
     parts, _ = step_time.combine(ideal, efficiency, overlap=True)
     layers, times = ideal.layers, ideal.accumulation

@@ -20,6 +20,7 @@ from bigtrain.plan.sizes import Sizes
 # written. Muon's matmuls come on top.
 OPTIMIZER_BYTES = {"adamw": 28, "adamw8bit": 16, "adafactor": 20, "lion": 20, "muon": 24}
 HOST_BYTES_PER_SECOND = 200e9  # of a node's main memory, for an optimizer on the CPU: eight channels of DDR4
+HOOKS = 3.0  # how much longer a layer's fixed seconds are with ZeRO-3's hooks
 MUON_MATMULS = 15  # five Newton-Schulz iterations of three matmuls
 
 FORMULAS = {
@@ -79,9 +80,7 @@ def estimate(config: Config, cluster: Cluster, ranks: int, sizes: Sizes) -> Step
 
     sizes: what the run builds (sizes.of_run). Raises ConfigError for a model whose shape is not known.
     """
-    efficiency = of(cluster.device)
-    if not gathers_layers(config):  # fewer hooks; not measured, see the interval
-        efficiency = replace(efficiency, layer_seconds=efficiency.layer_seconds / 3)
+    efficiency = assumed(config, cluster)
     ideal_step = ideal(config, cluster, ranks, sizes.total, sizes.trained)
     parts, communicated = combine(ideal_step, efficiency, overlapped(config, cluster))
     total = sum(parts.values())
@@ -96,6 +95,16 @@ def estimate(config: Config, cluster: Cluster, ranks: int, sizes: Sizes) -> Step
         mfu=work.model * micro_batches / (peak * total), hfu=work.hardware * micro_batches / (peak * total),
         model_flops=work.model * micro_batches, communication=communicated, notes=notes,
     )  # fmt: skip
+
+
+def assumed(config: Config, cluster: Cluster) -> Efficiency:
+    """The device's fractions. A layer's fixed seconds are those of fully sharded runs in public tables, and those of a
+    bare layer where they were measured here; what hooks make of the one or the other is a guess (see the interval)."""
+    found = of(cluster.device, config.train.precision)
+    measured, gathers = "layer_seconds" in cluster.device.efficiency, gathers_layers(config)
+    if gathers == measured:
+        return replace(found, layer_seconds=found.layer_seconds * (HOOKS if gathers else 1 / HOOKS))
+    return found
 
 
 def gathers_layers(config: Config) -> bool:
@@ -227,8 +236,7 @@ def _margin(
         notes.append(f"step time: {why}; interval +{by:.0%}")
 
     if cluster.device.is_cpu:
-        measured = "measured" in " ".join(cluster.source.values())
-        if not measured:
+        if not cluster.device.efficiency:
             widen(0.5, "this CPU was not measured (bigtrain doctor --cluster-file FILE)")
         else:
             widen(0.1, "kernels of a CPU differ more by shape than those of a GPU")

@@ -13,7 +13,7 @@ from bigtrain.errors import ConfigError
 from bigtrain.plan import clusters
 from bigtrain.plan.clusters import Cluster, Device
 
-UNSOURCED = {"name", "device", "devices_per_node", "nodes", "source", "matmul_efficiency",
+UNSOURCED = {"name", "device", "devices_per_node", "nodes", "source", "efficiency",
              "intra_node_latency_us", "inter_node_latency_us"}  # fmt: skip
 
 

@@ -33,8 +33,8 @@ def test_states_and_peak_of_real_ranks() -> None:
         assert plan.peak.total == pytest.approx(peak, rel=0.03), name
 
 
-def estimate(stage: int, ranks: int, **engine: Any) -> memory.Memory:
-    model = {"kind": "decoder", "dim": 512, "n_layers": 8, "n_heads": 8, "vocab_size": 8192, "max_seq_len": 256}
+def estimate(stage: int, ranks: int, dim: int = 512, **engine: Any) -> memory.Memory:
+    model = {"kind": "decoder", "dim": dim, "n_layers": 8, "n_heads": 8, "vocab_size": 8192, "max_seq_len": 256}
     config = from_dict(
         {"model": model, "engine": {"kind": "deepspeed", "stage": stage} | engine, "train": {"global_batch": ranks}}
     )
@@ -53,12 +53,13 @@ def test_a_higher_stage_never_needs_more_states() -> None:
 
 
 def test_offload_moves_states_off_the_device() -> None:
-    there, moved = estimate(3, 8), estimate(3, 8, offload_optimizer="cpu")
+    wide = 16384  # 26B parameters: more than DeepSpeed swaps at a time
+    there, moved = estimate(3, 8, wide), estimate(3, 8, wide, offload_optimizer="cpu")
     kept = there.states["master"] + there.states["optimizer"]
     assert moved.peak.total < there.peak.total
     assert moved.host > kept
     assert not moved.disk
-    on_disk = estimate(3, 8, offload_optimizer="nvme", nvme_path="/nvme")
+    on_disk = estimate(3, 8, wide, offload_optimizer="nvme", nvme_path="/nvme")
     assert on_disk.disk >= kept
     assert on_disk.host < moved.host
 

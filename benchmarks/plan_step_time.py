@@ -1,0 +1,74 @@
+"""Predicted against measured step time on this machine: `python benchmarks/plan_step_time.py [--cluster FILE]`.
+
+The machine is measured first (`bigtrain doctor --cluster-file`), unless a file is given. Then each recipe is planned
+and really trained, two ranks on a machine without GPUs, and the median of its later steps is set beside the plan.
+Nothing in the plan is fitted on these runs. On a machine that does other things too the figures mean little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+STEPS, WARM = 14, 4
+SHAPE = ["model=gpt_mini", "data.tokenizer.vocab_size=4096", "logger.progress=false"]
+RECIPES = {
+    "GPT 256 x 4, T 256, ZeRO-2, bf16": ["model.dim=256", "model.n_layers=4", "model.n_heads=4", "engine=zero2"],
+    "GPT 256 x 4, T 256, ZeRO-2, fp32": [
+        "model.dim=256", "model.n_layers=4", "model.n_heads=4", "engine=zero2", "train.precision=fp32",
+    ],
+    "GPT 512 x 6, T 256, ZeRO-1, bf16": ["model.dim=512", "model.n_layers=6", "model.n_heads=8", "engine=zero1"],
+    "GPT 512 x 6, T 256, ZeRO-3, bf16": ["model.dim=512", "model.n_layers=6", "model.n_heads=8", "engine=zero3"],
+    "GPT 512 x 6, T 256, ZeRO-2, bf16, checkpointing": [
+        "model.dim=512", "model.n_layers=6", "model.n_heads=8", "engine=zero2", "train.activation_checkpointing=true",
+    ],
+    "GPT 512 x 6, T 256, ZeRO-2, bf16, accumulation": [
+        "model.dim=512", "model.n_layers=6", "model.n_heads=8", "engine=zero2", "train.micro_batch=2",
+    ],
+}  # fmt: skip
+COMMON = ["model.max_seq_len=256", "train.global_batch=16", f"train.steps={STEPS}", "train.eval_batches=1"]
+
+
+def bigtrain(*arguments: str) -> str:
+    command = [sys.executable, "-m", "bigtrain.cli", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(arguments)}:\n{(done.stdout + done.stderr)[-2000:]}")
+    return done.stdout
+
+
+def measured(overrides: list[str], run: Path) -> float:
+    """Median seconds of the later steps of a real run."""
+    bigtrain("train", *overrides, f"run_dir={run}", "train.async_save=false")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    seconds = [row["perf/step_seconds"] for row in rows if "perf/step_seconds" in row]
+    return statistics.median(seconds[WARM:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cluster", type=Path, help="a file that bigtrain doctor wrote; default: measure now")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        cluster = arguments.cluster or Path(folder) / "here.yaml"
+        if arguments.cluster is None:
+            print(bigtrain("doctor", "--cluster-file", str(cluster)))
+        errors = []
+        print(f"{'':50}{'planned s':>10}{'real s':>9}{'error':>8}")
+        for number, (name, own) in enumerate(RECIPES.items()):
+            overrides = [*SHAPE, *own, *COMMON]
+            planned = json.loads(bigtrain("plan", *overrides, f"cluster={cluster}", "output=json"))["step_seconds"]
+            real = measured(overrides, Path(folder) / str(number))
+            errors.append(planned / real - 1)
+            print(f"{name:50}{planned:10.3f}{real:9.3f}{errors[-1]:+8.1%}", flush=True)
+    sizes = sorted(map(abs, errors))
+    print(f"error: median {statistics.median(sizes):.1%}, worst {sizes[-1]:.1%}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,325 @@
+"""Measure this machine into a cluster file: `bigtrain doctor --cluster-file FILE`.
+
+As many processes as `train` would start run the same kernels at the same time, for they share caches, memory and clock:
+what one alone reaches is not what a rank gets. Every figure is the best of several tries, which is what a quiet
+machine does; the whole takes some 20 seconds.
+
+    python -m bigtrain.plan.measure RANK RANKS THREADS PORT DEVICE SECONDS    is one of those processes
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bigtrain import hardware
+from bigtrain.config import LaunchConfig
+from bigtrain.errors import BigtrainError
+from bigtrain.plan import clusters
+from bigtrain.plan.clusters import Cluster
+
+TIMEOUT_SECONDS = 180
+DISK_MIB = 256
+MESSAGE_MIB = 32
+
+
+def write_cluster_file(path: Path, budget_seconds: float = 0.8) -> Cluster:
+    """Measure, each kernel for so long, and write what `cluster=PATH` reads.
+
+    Raises BigtrainError where a measurement or the file fails.
+    """
+    if not path.parent.is_dir():
+        raise BigtrainError(f"{path.parent}: no such directory")
+    cluster = measured(path.parent, budget_seconds)
+    data = asdict(cluster)
+    del data["name"]
+    today = f"# Measured by bigtrain doctor on {date.today():%Y-%m-%d}; watts and price are not: put yours.\n"
+    try:
+        path.write_text(today + yaml.safe_dump(_rounded(data), sort_keys=False, width=120), encoding="utf-8")
+    except OSError as error:
+        raise BigtrainError(f"{path}: cannot be written ({error.strerror})") from None
+    return clusters.read(path)
+
+
+def measured(folder: Path, budget_seconds: float = 0.8) -> Cluster:
+    """This machine as `train` would use it; the disk is that of `folder`."""
+    placement = hardware.place(LaunchConfig())
+    cluster = clusters.here(LaunchConfig())
+    found = _ranks(max(2, placement.ranks), placement.threads_per_rank, placement.device, budget_seconds)
+    source = {name: text for name, text in cluster.source.items() if name in ("kg_co2_per_kwh", "pue")}
+    by_hand = ("device.watts", "price_per_device_hour", "inter_node_gb_per_second", "inter_node_latency_us")
+    source |= {name: "not measured: taken from the preset" for name in by_hand}
+    device = replace(
+        cluster.device,
+        peak_tflops=cluster.device.peak_tflops | found["peak_tflops"],
+        memory_gb_per_second=found["memory_gb_per_second"],
+        efficiency=found["efficiency"],
+    )
+    link = cluster.host_link_gb_per_second if placement.gpus else found["memory_gb_per_second"]
+    names = ("peak_tflops", "memory_gb_per_second", "efficiency")
+    source |= {f"device.{name}": "measured on this machine" for name in names}
+    names = ("intra_node_gb_per_second", "intra_node_latency_us", "disk_gb_per_second")
+    source |= {name: "measured on this machine" for name in names}
+    return replace(
+        cluster,
+        device=device,
+        intra_node_gb_per_second=found["link_gb_per_second"],
+        intra_node_latency_us=found["latency_us"],
+        host_link_gb_per_second=link,
+        disk_gb_per_second=_disk(folder),
+        disk_gib=_free(folder),
+        source=source,
+    )
+
+
+def described(cluster: Cluster) -> str:
+    """The figures that one asks for first."""
+    device = cluster.device
+    peaks = ", ".join(f"{name} {tflops:.3g} TFLOP/s" for name, tflops in device.peak_tflops.items())
+    return (
+        f"{cluster.devices_per_node} ranks, each: {peaks}, memory {device.memory_gb_per_second:.3g} GB/s, "
+        f"between ranks {cluster.intra_node_gb_per_second:.3g} GB/s, disk {cluster.disk_gb_per_second:.3g} GB/s"
+    )
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _ranks(ranks: int, threads: int, device: str, budget_seconds: float) -> dict[str, Any]:
+    """Run the processes; the first one's figures."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    told = [str(ranks), str(threads), str(port), device, str(budget_seconds)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "bigtrain.plan.measure", str(rank), *told],
+            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=TIMEOUT_SECONDS) for process in processes]
+    except subprocess.TimeoutExpired:
+        raise BigtrainError(f"measuring took more than {TIMEOUT_SECONDS} s") from None
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        if process.returncode:
+            last = (errors.strip().splitlines() or ["no output"])[-1]
+            raise BigtrainError(f"measuring failed: {last}")
+    found: dict[str, Any] = json.loads(outputs[0][0].strip().splitlines()[-1])
+    return found
+
+
+def _disk(folder: Path) -> float:
+    """GB/s of writing a file to the disk, not to the page cache."""
+    block = os.urandom(8 * 2**20)
+    try:
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            started = time.perf_counter()
+            for _ in range(DISK_MIB // 8):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            return DISK_MIB * 2**20 / (time.perf_counter() - started) / 1e9
+    except OSError as error:
+        raise BigtrainError(f"{folder}: {error.strerror or error}") from None
+
+
+def _free(folder: Path) -> float:
+    import shutil
+
+    return shutil.disk_usage(folder).free / 2**30
+
+
+# ------------------------------------------------------------------------------------------- one process
+
+
+def _main(rank: int, ranks: int, threads: int, port: int, device_name: str, budget: float) -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    backend = "nccl" if device_name == "cuda" and torch.cuda.device_count() >= ranks else "gloo"
+    device = torch.device(f"cuda:{rank}" if backend == "nccl" else device_name)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
+
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def seconds(run: Callable[[], object], tries: int | None = None) -> float:
+        """The best of all the tries that there is time for, beside the other ranks' tries; of `tries` for what ranks do
+        together, which all of them must do equally often."""
+        run()
+        wait()
+        dist.barrier()
+        best, done, end = math.inf, 0, time.perf_counter() + budget
+        while done < (tries or 3) or (tries is None and time.perf_counter() < end):
+            started = time.perf_counter()
+            run()
+            wait()
+            best, done = min(best, time.perf_counter() - started), done + 1
+        dist.barrier()
+        return best
+
+    kernels = _Kernels(torch, device, seconds)
+    peaks = {"fp32": kernels.peak(torch.float32), "bf16": kernels.peak(torch.bfloat16)}
+    if device.type == "cuda" or hardware.cpu_has_fp16():
+        peaks["fp16"] = kernels.peak(torch.float16)
+    bandwidth = kernels.bandwidth()
+    efficiency = kernels.efficiency(peaks, bandwidth)
+    size = MESSAGE_MIB * 2**20
+    message = torch.zeros(size // 4, device=device)
+    all_reduce = seconds(lambda: dist.all_reduce(message), tries=6)
+    small = torch.zeros(2, device=device)
+    latency = seconds(lambda: dist.all_reduce(small), tries=50)
+    passes = 2 * (ranks - 1) / ranks
+    result = {
+        "peak_tflops": peaks,
+        "memory_gb_per_second": bandwidth,
+        "efficiency": efficiency,
+        "link_gb_per_second": passes * size / max(all_reduce - latency, 1e-9) / 1e9,
+        "latency_us": latency / (2 * (ranks - 1)) * 1e6,
+    }
+    dist.destroy_process_group()
+    return result
+
+
+class _Kernels:
+    """The kernels of a training step, each beside what the data sheet (here: the peaks just measured) allows."""
+
+    def __init__(self, torch: Any, device: Any, seconds: Callable[..., float]) -> None:
+        self.torch, self.device, self.seconds = torch, device, seconds
+
+    def peak(self, dtype: Any) -> float:
+        """TFLOP/s of the matrix product that runs fastest."""
+        best = 0.0
+        for size in (8192,) if self.device.type == "cuda" else (1024, 2048):
+            a = self.torch.randn(size, size, device=self.device).to(dtype)
+            best = max(best, 2 * size**3 / self.seconds(lambda a=a: a @ a) / 1e12)
+        return best
+
+    def bandwidth(self) -> float:
+        """GB/s of copying what no cache holds, read and written."""
+        size = 2**30 if self.device.type == "cuda" else 2**27
+        a, b = (self.torch.zeros(size // 4, device=self.device) for _ in range(2))
+        return 2 * size / self.seconds(lambda: b.copy_(a)) / 1e9
+
+    def efficiency(self, peaks: dict[str, float], bandwidth: float) -> dict[str, float]:
+        """What plan/efficiency.py names, as fractions; NAME_fp32 where another precision differs."""
+        torch = self.torch
+        found: dict[str, float] = {}
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+            suffix = "" if name == "bf16" else f"_{name}"
+            found[f"matmul{suffix}"] = self._matmul(dtype) / (peaks[name] * 1e12)
+            found[f"attention{suffix}"] = self._attention(dtype) / (peaks[name] * 1e12)
+            found[f"memory{suffix}"] = self._elementwise(dtype) / (bandwidth * 1e9)
+        found["optimizer"] = self._optimizer() / (bandwidth * 1e9)
+        found["layer_seconds"] = self._layer()
+        return found
+
+    def _trained(self, function: Callable[[Any], Any], x: Any) -> float:
+        """Seconds of a forward and backward pass."""
+
+        def run() -> None:
+            y = function(x)
+            y.backward(self.torch.ones_like(y))
+
+        return self.seconds(run)
+
+    def _matmul(self, dtype: Any) -> float:
+        """FLOP/s of a feed-forward layer's two matmuls, forward and backward."""
+        torch = self.torch
+        rows, dim, wide = (8192, 2048, 8192) if self.device.type == "cuda" else (512, 512, 2048)
+        layers = torch.nn.Sequential(torch.nn.Linear(dim, wide, bias=False), torch.nn.Linear(wide, dim, bias=False))
+        layers = layers.to(self.device, dtype)
+        x = torch.randn(rows, dim, device=self.device, dtype=dtype, requires_grad=True)
+        return 3 * 2 * 2 * rows * dim * wide / self._trained(layers, x)
+
+    def _attention(self, dtype: Any) -> float:
+        """FLOP/s of causal attention as models/layers.py runs it, its two projections taken off."""
+        from bigtrain.models import cpu_kernels
+
+        torch = self.torch
+        sequences, heads, length, head_dim = (8, 16, 2048, 128) if self.device.type == "cuda" else (2, 8, 256, 64)
+
+        def attend(qkv: Any) -> Any:
+            q, k, v = qkv.unbind(0)
+            if cpu_kernels.attention_usable(q):
+                return cpu_kernels.causal_attention(q, k, v)
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        shape = (3, sequences, heads, length, head_dim)
+        x = torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True)
+        work = 4.0 * sequences * heads * length * (length + 1) / 2 * head_dim
+        return 3.5 * work / self._trained(attend, x)
+
+    def _elementwise(self, dtype: Any) -> float:
+        """Bytes per second of a norm, an activation and a residual, forward and backward."""
+        from bigtrain.models import cpu_kernels
+
+        torch = self.torch
+        rows, dim = (16384, 4096) if self.device.type == "cuda" else (1024, 2048)
+        norm = torch.nn.LayerNorm(dim, device=self.device, dtype=dtype)
+
+        def pass_through(x: Any) -> Any:
+            y = norm(x)
+            y = cpu_kernels.gelu_tanh(y) if cpu_kernels.usable(y) else torch.nn.functional.gelu(y, approximate="tanh")
+            return x + y
+
+        x = torch.randn(rows, dim, device=self.device, dtype=dtype, requires_grad=True)
+        return 3 * (2 + 2 + 3) * x.numel() * x.element_size() / self._trained(pass_through, x)
+
+    def _optimizer(self) -> float:
+        """Bytes per second of AdamW with clipping, 28 bytes a parameter."""
+        torch = self.torch
+        count = 2**28 if self.device.type == "cuda" else 2**22
+        parameters = [torch.nn.Parameter(torch.zeros(count // 4, device=self.device)) for _ in range(4)]
+        for parameter in parameters:
+            parameter.grad = torch.full_like(parameter, 1e-3)
+        optimizer = torch.optim.AdamW(parameters, fused=True)
+
+        def run() -> None:
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+
+        return 28 * count / self.seconds(run)
+
+    def _layer(self) -> float:
+        """Seconds of a block with next to no arithmetic in it, forward and backward: launches, hooks, Python."""
+        from bigtrain.config import DecoderConfig
+        from bigtrain.models.layers import Block
+
+        torch = self.torch
+        block = Block(DecoderConfig(dim=64, n_heads=2, vocab_size=64), 0).to(self.device)
+        x = torch.randn(1, 8, 64, device=self.device, requires_grad=True)
+        return self._trained(block, x)
+
+
+if __name__ == "__main__":
+    RANK, RANKS, THREADS, PORT = map(int, sys.argv[1:5])
+    print(json.dumps(_main(RANK, RANKS, THREADS, PORT, sys.argv[5], float(sys.argv[6]))))
