@@ -1,4 +1,4 @@
-"""Sweeps as a user types them: Hydra's own sweeper and ours, its launchers' other processes, trials that really train."""
+"""Sweeps as a user types them: Hydra's sweeper and ours, launchers with processes of their own, trials that train."""
 
 from __future__ import annotations
 
