@@ -56,6 +56,9 @@ class WandbHook(Hook):
         import wandb
 
         options = info.config.logger.wandb
+        os.environ.setdefault(
+            "WANDB_DATA_DIR", str(info.run_dir / "wandb")
+        )  # else artifacts wait in the home directory
         # A checkpoint of another run directory starts a run of its own: two writers would mix in one history.
         earlier = list((info.run_dir / "wandb").glob(f"*run-*-{self._id}")) if self._id else []
         if not (info.resumed and earlier):

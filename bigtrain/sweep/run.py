@@ -53,12 +53,11 @@ def run(
             trials.write(directory, trial)
             return math.nan
         say(f"job {job.number}: {shown}")
-        began, names = time.time(), ["objective"]
+        began = time.time()
         ended = replace(trial, status="failed", problem="", started=began)
         try:
             data = job.data | {"run_dir": str(run_dir)}
             _group(data, directory)
-            names = objective_names(data["train"]["objective"])
             with slots.take(directory / trials.FOLDER, slots.count(sweep.launcher), _wants_gpus(data)):
                 config = check(data)
                 ended = _train(trial, job, config, train)
@@ -71,8 +70,7 @@ def run(
             say_problem(f"job {job.number}: {text}")
         finally:
             trials.write(directory, replace(ended, started=began, seconds=time.time() - began))
-    values = [math.nan if value is None else value for value in ended.objectives.values()]
-    values = values or [math.nan] * len(names)
+    values = [math.nan if value is None else value for value in ended.objectives.values()] or [math.nan]
     return values if len(values) > 1 else values[0]
 
 

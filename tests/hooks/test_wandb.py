@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bigtrain.config import Config, WandbConfig
+from bigtrain.errors import BigtrainError
 from bigtrain.hooks import wandb as module
 from bigtrain.hooks.jsonl import JsonlHook
 from bigtrain.hooks.wandb import WandbHook, choose_mode, find_key, read_records
@@ -176,3 +178,101 @@ def test_mode_follows_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("WANDB_MODE", "online")
     monkeypatch.setenv("WANDB_API_KEY", 40 * "b")
     assert choose_mode(WandbConfig()) == "online"
+
+
+def test_charts_can_be_over_tokens(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    config.logger.wandb.x_axis = "tokens"
+    hook = WandbHook()
+    hook.on_start(run_info(tmp_path, config=config))
+    hook.on_step(1, {"train/loss": 1.0, "data/tokens": 4096.0})
+    hook.on_end({})
+    metrics = {metric.name or metric.glob_name: metric for metric in records(tmp_path, "metric")}
+    assert metrics["*"].step_metric == "data/tokens"
+    assert metrics["data/tokens"].step_metric == "step"
+    assert metrics["eval/loss"].summary.min
+
+
+def test_group_job_type_code_and_config_are_kept(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("train: {}\n")
+    config = make_config(tmp_path)
+    config.logger.wandb.job_type = "ablation"
+    hook = WandbHook()
+    hook.on_start(run_info(tmp_path, config=config))
+    hook.on_end({})
+    (run,) = records(tmp_path, "run")
+    assert (run.run_group, run.job_type) == ("g", "ablation")
+    artifacts = {artifact.type: artifact for artifact in records(tmp_path, "artifact")}
+    assert [entry.path for entry in artifacts["config"].manifest.contents] == ["config.yaml"]
+    code = {entry.path for entry in artifacts["code"].manifest.contents}
+    assert {"bigtrain/trainer.py", "bigtrain/hooks/wandb.py"} <= code
+    assert not any(path.endswith(".pyc") for path in code)
+    assert artifacts["config"].user_created
+
+
+def test_a_checkpoint_is_a_reference_with_its_lineage(tmp_path: Path) -> None:
+    paths = [tmp_path / "checkpoints" / f"step-{step}" for step in (2, 4)]
+    hook = WandbHook()
+    hook.on_start(run_info(tmp_path, config=make_config(tmp_path)))
+    for step, path in zip((2, 4), paths, strict=True):
+        path.mkdir(parents=True)
+        (path / "manifest.json").write_text(json.dumps({"step": step}))
+        (path / "weights.bin").write_bytes(b"x" * 1000)
+        hook.on_checkpoint(step, path)
+    hook.on_end({})
+    first, second = (artifact for artifact in records(tmp_path, "artifact") if artifact.type == "model")
+    assert first.name == second.name == f"checkpoint-{hook.state()['id']}"
+    assert list(second.aliases) == ["latest", "step-4"]
+    assert json.loads(first.metadata)["goes_on_from"] is None
+    assert json.loads(second.metadata)["goes_on_from"] == "step-2"
+    entries = {entry.path: entry for entry in second.manifest.contents}
+    assert entries["step-4"].ref == paths[1].resolve().as_uri()  # where it lies: no byte of it is copied
+    assert set(entries) == {"step-4", "manifest.json"}
+
+
+def test_alerts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIGTRAIN_RESTARTS", "1")
+    run_dir = tmp_path / "run"
+    state = train(run_dir, 1, 3)
+    (run_dir / "restarts.jsonl").write_text(json.dumps({"cause": "rank 1 hung while in a step"}) + "\n")
+    config = make_config(run_dir)
+    config.logger.wandb.stall_seconds = 1
+    hook = WandbHook()
+    hook.load_state(state)
+    hook.on_start(run_info(run_dir, start_step=3, config=config))
+    hook.on_warning(4, "train/loss is nan, first in weight blocks.0")
+    hook.on_warning(4, "loss 9.1 is 30 deviations above the last ones")
+    hook.on_warning(5, "straggler: the others wait for rank 3 on node-b, whose forward passes take 2.1 x theirs")
+    time.sleep(2)  # nothing is logged for longer than a second
+    hook.on_failure(BigtrainError("train/grad_norm is inf at step 6"))
+    alerts = {alert.title: alert for alert in records(run_dir, "alert")}
+    assert set(alerts) == {"restarted", "not finite", "loss spike", "straggler", "stalled", "failed"}
+    assert "rank 1 hung" in alerts["restarted"].text
+    assert "node-b" in alerts["straggler"].text
+    assert alerts["failed"].level == "ERROR"
+    assert alerts["loss spike"].level == "WARN"
+    assert "grad_norm is inf" in alerts["failed"].text
+
+
+def test_what_is_switched_off_is_not_there(tmp_path: Path) -> None:
+    config = make_config(tmp_path)
+    config.logger.wandb.artifacts = config.logger.wandb.alerts = False
+    hook = WandbHook()
+    hook.on_start(run_info(tmp_path, config=config))
+    hook.on_warning(1, "loss spike")
+    hook.on_checkpoint(1, tmp_path)
+    hook.on_end({})
+    assert records(tmp_path, "artifact") == records(tmp_path, "alert") == []
+
+
+def test_the_machine_is_watched_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_X_STATS_SAMPLING_INTERVAL", "0.5")
+    hook = WandbHook()
+    hook.on_start(run_info(tmp_path, config=make_config(tmp_path)))
+    time.sleep(2.5)
+    hook.on_step(1, {"perf/forward_seconds_max": 2.0, "perf/slowest_rank": 1.0})
+    hook.on_end({})
+    names = {item.key for record in records(tmp_path, "stats") for item in record.item}
+    assert any("cpu" in name for name in names)
+    assert any("memory" in name for name in names)
+    assert history(tmp_path)[-1]["perf/slowest_rank"] == 1.0

@@ -80,7 +80,7 @@ def test_more_can_be_better(tmp_path: Path) -> None:
     "overrides",
     [
         ["experiment=tagging", "model.dropout=0.25", "optimizer=lion"],
-        ["++launch.env.A='it''s, a=b'", "engine=zero3", "logger.wandb.tags=[a,b]"],
+        ["launch.env.A='its, a=b'", "engine=zero3", "logger.wandb.tags=[a,b]"],
         ["train.freeze=[backbone.*]", "train.stop_at=null", "optimizer.lr=1e-4"],
     ],
 )
