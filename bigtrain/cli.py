@@ -411,8 +411,22 @@ def inspect(run: Path, text: str, pair: str | None, target: str | None, device: 
 
 @command.command()
 @click.option("--build", is_flag=True, help="Compile DeepSpeed's native ops now instead of at first use.")
-def doctor(build: bool) -> int:
+@click.option("--launch", type=click.Choice(["hostfile", "slurm"]), help="Look at every node of a cluster instead.")
+@click.option("--hostfile", metavar="FILE", help="With --launch hostfile: lines of `host slots=N`.")
+@click.option("--ssh-config", metavar="FILE", help="With --launch hostfile: for ssh -F.")
+@click.option(
+    "--cluster-file", type=click.Path(dir_okay=False, path_type=Path), help="Write the measured network here."
+)
+def doctor(
+    build: bool, launch: str | None, hostfile: str | None, ssh_config: str | None, cluster_file: Path | None
+) -> int:
     """Show what this machine has and what is missing. Exit status 1 if something needed is."""
+    if launch is not None:
+        from bigtrain.launch.ways import examine_cluster
+
+        return 0 if examine_cluster(launch, hostfile, ssh_config, cluster_file, click.echo) else 1
+    if hostfile or ssh_config or cluster_file:
+        raise click.UsageError("--hostfile, --ssh-config and --cluster-file need --launch")
     from bigtrain.doctor import examine
 
     return 0 if examine(build) else 1
