@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -153,3 +154,56 @@ def test_ctrl_c_saves_on_all_hosts(cluster: Cluster, base: list[str], tmp_path: 
     code, out, error = stopped(cluster, process)
     assert (code, error) == (0, "")
     assert re.search(r"stopped at step \d+; to continue: bigtrain train", out)
+
+
+@pytest.mark.soak
+def test_the_nodes_that_are_left_go_on(cluster: Cluster, base: list[str], tmp_path: Path) -> None:
+    process = cluster.train(*base, "train.steps=400", "train.save_every=5", "launch.restarts=2", "launch.min_nodes=1")
+    cluster.wait_for_steps(process, tmp_path / "run", 12)
+    try:
+        cluster.hosts[1].kill()
+        code, out, error = stopped_after(process)
+    finally:
+        cluster.hosts[1].boot_again()
+        cluster.wait_for_ssh(cluster.hosts[1])
+    assert code == 0, out + error
+    assert re.search(r"host h2 was lost .*; restart 1 of 2 from the checkpoint of step \d+", out)
+    assert "going on with 1 of 2 nodes, without h2" in out
+    assert result(tmp_path / "run")["world_size"] == 1
+    assert result(tmp_path / "run")["restarts"] == 1
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(20))
+def test_random_kills_stop_everything_in_time(cluster: Cluster, base: list[str], tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    process = cluster.train(*base, *FOREVER, "launch.restarts=0", "launch.hang_seconds=5")
+    cluster.wait_for_steps(process, tmp_path / "run", 2 + chance.randrange(50))
+    host = chance.choice(cluster.hosts)
+    way = ["rank", "frozen rank", "agent", "launcher on the node", "node", "link"][seed % 6]
+    began = time.monotonic()
+    try:
+        if way == "node":
+            host.kill()
+        elif way == "link":
+            host.cut()
+        elif way == "agent":
+            for agent in host.running("bigtrain.launch.agent"):
+                agent.kill()
+        elif way == "launcher on the node":
+            for launcher in host.running("deepspeed.launcher.launch"):
+                launcher.kill()
+        else:
+            (rank,) = host.ranks()
+            rank.send_signal(signal.SIGSTOP if way == "frozen rank" else signal.SIGKILL)
+        code, _, error = stopped(cluster, process)
+    finally:
+        if way == "node":
+            host.boot_again()
+            cluster.wait_for_ssh(host)
+        elif way == "link":
+            host.heal()
+    print(f"{way} on {host.name}: {time.monotonic() - began:.1f} s: {error.strip()}")
+    assert code == 1, error
+    assert error.startswith("bigtrain: error: "), error
+    assert error.count("\n") == 1, error
