@@ -13,10 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from tests.multinode.conftest import FOREVER
 from tests.multinode.hosts import Cluster
-from tests.runs import bigtrain, losses, result
+from tests.runs import bigtrain, command, losses, result
 
 pytestmark = pytest.mark.timeout(300)
 ALL_STOPPED_SECONDS = 30
@@ -117,6 +118,22 @@ def test_what_is_wrong_before_the_start_is_one_line(cluster: Cluster, base: list
     assert code == 1
     assert "launch.master_port=29711: cannot be used on h1 (Address already in use)" in error
     assert cluster.leftovers() == []
+
+
+def test_the_doctor_looks_at_every_host_and_the_network_between(cluster: Cluster, tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("device: {name: CPU}\nnodes: 1\ninter_node_gb_per_second: 1.0\nsource: {disk_gib: measured}\n")
+    words = command("doctor", "--launch", "hostfile", "--hostfile", str(cluster.hostfile), "--ssh-config",
+                    f"{cluster.folder}/ssh_config", "--cluster-file", str(file))  # fmt: skip
+    done = subprocess.run(cluster.inside(*words), capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^h1 +\d+ +\d+ GiB", done.stdout, re.MULTILINE)
+    assert re.search(r"^h1 - h2: [\d.]+ GB/s, \d+ us", done.stdout, re.MULTILINE)
+    found = yaml.safe_load(file.read_text())
+    assert (found["device"], found["nodes"]) == ({"name": "CPU"}, 2)  # what was there of one node stays
+    assert 0 < found["inter_node_gb_per_second"] != 1.0
+    assert found["inter_node_latency_us"] > 0
+    assert set(found["source"]) == {"disk_gib", "inter_node_gb_per_second", "inter_node_latency_us"}
 
 
 def test_without_a_shared_filesystem_the_config_arrives_all_the_same(cluster: Cluster, base: list[str]) -> None:
