@@ -256,13 +256,13 @@ class Launcher:
                 hangs = Hangs(run_dir, _world(layout), config.launch.hang_seconds, there)
                 _watch(runner, there, ending, config, layout, hangs)
                 self._end(there, ending, layout, run_dir, shared)
-                ending.last_words = redact(words()) if not ending.ranks else ""
         finally:
             close(there)
             if runner is not None:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(runner.pid, signal.SIGKILL)
                 runner.wait()
+        ending.last_words = redact(words())  # and with it all that the ranks have said is on the terminal
         result = read_result(run_dir) if local.identity(run_dir / "result.json") != before else None
         return local.Launch(ending, result, hangs.past_first_step())
 
@@ -298,7 +298,8 @@ class Launcher:
             (run_dir / "logs").mkdir(exist_ok=True)
             command, _ = self.backend.command(config, layout)
             record = {
-                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "hosts": layout.hosts,
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": layout.hosts[0],
+                "hosts": layout.hosts,
                 "directory": os.getcwd(), "command": command,
                 "environment": redact(variables[0], variables[0]) | {HELD_BACK: "***"},
                 "placement": {
