@@ -575,13 +575,24 @@ def runs(directory: Path) -> None:
 
 @command.command()
 @click.option("--build", is_flag=True, help="Compile DeepSpeed's native ops now instead of at first use.")
+@click.option("--launch", type=click.Choice(["hostfile", "slurm"]), help="Look at every node of a cluster instead.")
+@click.option("--hostfile", metavar="FILE", help="With --launch hostfile: lines of `host slots=N`.")
+@click.option("--ssh-config", metavar="FILE", help="With --launch hostfile: for ssh -F.")
 @click.option(
     "--cluster-file",
-    type=click.Path(path_type=Path),
-    help="Measure this machine into FILE, for plan cluster=FILE.",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Measure into FILE, for plan cluster=FILE: this machine, or with --launch the network.",
 )
-def doctor(build: bool, cluster_file: Path | None) -> int:
+def doctor(
+    build: bool, launch: str | None, hostfile: str | None, ssh_config: str | None, cluster_file: Path | None
+) -> int:
     """Show what this machine has and what is missing. Exit status 1 if something needed is."""
+    if launch is not None:
+        from bigtrain.launch.ways import examine_cluster
+
+        return 0 if examine_cluster(launch, hostfile, ssh_config, cluster_file, click.echo) else 1
+    if hostfile or ssh_config:
+        raise click.UsageError("--hostfile and --ssh-config need --launch")
     if cluster_file is not None:
         from bigtrain.plan.measure import described, write_cluster_file
 

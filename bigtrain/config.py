@@ -502,7 +502,7 @@ class KubernetesConfig:
     name: str | None = None  # None: after the run directory
     volume_claim: str | None = None  # a PersistentVolumeClaim (ReadWriteMany) that holds run_dir and the data
     mount_path: str = "/work"  # where it is mounted
-    secret: str | None = None  # a Secret whose keys become variables: WANDB_API_KEY, HF_TOKEN
+    variables_from: str | None = None  # a Secret whose keys become variables: WANDB_API_KEY, HF_TOKEN
     cpu: str | None = None  # requests and limits of each pod, as Kubernetes writes them: "8", "64Gi"
     memory: str | None = None
     shared_memory: str = "1Gi"  # /dev/shm

@@ -16,6 +16,7 @@ import select
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ import psutil
 
 from bigtrain import hardware, heartbeat
 from bigtrain.files import write_atomic
+from bigtrain.launch import bandwidth
 from bigtrain.launch.supervise import LAUNCH_ID, find_workers, state_of
 from bigtrain.provenance import code_sha256, versions
 from bigtrain.redact import redact
@@ -47,7 +49,7 @@ class Agent:
         self.codes: dict[int, tuple[int | None, float]] = {}  # rank -> exit status, when
         self.told: dict[str, Any] = {}  # the last report
         self.reported = 0.0
-        self.tests: dict[str, Any] = {}
+        self.measurement: subprocess.Popen[bytes] | None = None
         self.handles: dict[int, int] = {}  # pidfd -> rank: readable when it ends, before its parent reaps it
 
     # ------------------------------------------------------------------------------------------- orders
@@ -76,6 +78,8 @@ class Agent:
             "torch_is_cpu_build": hardware.torch_is_cpu_build(),
             "addresses": _addresses(),
             "disk_gib": round(_free_bytes(Path(run_dir)) / 2**30, 1),
+            "shared_memory_gib": round(_free_bytes(Path("/dev/shm")) / 2**30, 1),
+            "compiler": shutil.which(os.environ.get("CXX", "c++")) or shutil.which("g++") or shutil.which("clang++"),
             "missing": [path for path in paths if not Path(path).exists()],
             "sees_run_dir": (Path(run_dir) / token).exists(),
         }
@@ -176,20 +180,18 @@ class Agent:
         except OSError:
             return {"text": None}
 
-    def do_bandwidth(self, environment: dict[str, str], device: str, sizes: list[int]) -> dict[str, Any]:
-        """This node's part in a measurement with another node (bandwidth.py)."""
-        from bigtrain.launch import bandwidth
-
-        return bandwidth.start(environment, device, sizes, self.tests)
+    def do_bandwidth(self, environment: dict[str, str]) -> dict[str, Any]:
+        """This node's part in a measurement with another node."""
+        self.measurement = bandwidth.start(environment, {LAUNCH_ID: self.launch_id})
+        return {}
 
     # ------------------------------------------------------------------------------------------ watching
 
     def look(self) -> None:
         """Report what has changed of this node's ranks."""
         now = time.monotonic()
-        from bigtrain.launch import bandwidth
-
-        if (result := bandwidth.collect(self.tests)) is not None:
+        if self.measurement is not None and (result := bandwidth.collect(self.measurement)) is not None:
+            self.measurement = None
             self.say({"answer": "bandwidth_done"} | result)
         if not self.ranks or now - self.reported < REPORT_SECONDS:
             return

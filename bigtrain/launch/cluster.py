@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -94,14 +94,14 @@ def place(config: Config, backend: Backend, say: Callable[[str], None]) -> Place
         facts = _facts(config, there, say)
         return _placement(config, backend, [node.host for node in there], facts)
     finally:
-        _close(there)
+        close(there)
 
 
 def _connect(config: Config, backend: Backend, launch_id: str, least: int) -> list[Node]:
     hosts = backend.hosts()
     there, silent = nodes.connect(hosts, backend.opener(launch_id), config.launch.ssh_seconds)
     if len(there) < least:
-        _close(there)
+        close(there)
         lack = f", launch.min_nodes={least}" if least < len(hosts) else ""
         raise BigtrainError(f"{len(silent)} of {len(hosts)} hosts cannot be used{lack}: {'; '.join(silent)}")
     return there
@@ -184,7 +184,7 @@ def _placement(config: Config, backend: Backend, hosts: Sequence[str], facts: li
     return Placement(device, ranks, launch.threads_per_rank or max(1, cores // ranks), (), len(hosts))
 
 
-def _meet(config: Config, there: Sequence[Node]) -> tuple[str, int, list[str | None]]:
+def meet(config: Config, there: Sequence[Node]) -> tuple[str, int, list[str | None]]:
     """An address and port of the first node that every other reaches, and each node's interface towards it."""
     first, launch = there[0], config.launch
     try:
@@ -239,7 +239,7 @@ class Launcher:
             with counting_signals(ending):
                 there = self._as_many_as_divide(config, placement, there)
                 facts = _facts(config, there, self.say)
-                address, port, interfaces = _meet(config, there)
+                address, port, interfaces = meet(config, there)
                 layout = Layout(
                     launch_id, tuple(node.host for node in there), placement.ranks, placement.device, address, port,
                     tuple(interfaces),
@@ -256,13 +256,13 @@ class Launcher:
                 hangs = Hangs(run_dir, _world(layout), config.launch.hang_seconds, there)
                 _watch(runner, there, ending, config, layout, hangs)
                 self._end(there, ending, layout, run_dir, shared)
-                ending.last_words = redact(words()) if not ending.ranks else ""
         finally:
-            _close(there)
+            close(there)
             if runner is not None:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(runner.pid, signal.SIGKILL)
                 runner.wait()
+        ending.last_words = redact(words())  # and with it all that the ranks have said is on the terminal
         result = read_result(run_dir) if local.identity(run_dir / "result.json") != before else None
         return local.Launch(ending, result, hangs.past_first_step())
 
@@ -273,7 +273,7 @@ class Launcher:
         for count in range(len(there), 0, -1):
             with contextlib.suppress(ConfigError):
                 checks.check_batch(config, count * placement.ranks)
-                _close(there[count:])
+                close(there[count:])
                 gone = set(self.backend.hosts()) - {node.host for node in there[:count]}
                 self.say(f"going on with {count} of {placement.nodes} nodes, without {', '.join(sorted(gone))}")
                 return there[:count]
@@ -298,7 +298,8 @@ class Launcher:
             (run_dir / "logs").mkdir(exist_ok=True)
             command, _ = self.backend.command(config, layout)
             record = {
-                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "hosts": layout.hosts,
+                "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "host": layout.hosts[0],
+                "hosts": layout.hosts,
                 "directory": os.getcwd(), "command": command,
                 "environment": redact(variables[0], variables[0]) | {HELD_BACK: "***"},
                 "placement": {
@@ -399,7 +400,7 @@ def _failed_rank(ending: Ending, run_dir: Path) -> int | None:
     return bad[0] if bad else None
 
 
-def _close(there: Sequence[Node]) -> None:
+def close(there: Sequence[Node]) -> None:
     closers = [threading.Thread(target=node.close) for node in there]
     for closer in closers:
         closer.start()
@@ -551,13 +552,3 @@ def _pass_on(runner: subprocess.Popen[bytes], log: Path) -> Callable[[], str]:
         return (ours or last or [""])[-1]
 
     return last_words
-
-
-@contextlib.contextmanager
-def opened(config: Config, backend: Backend) -> Iterator[list[Node]]:
-    """Connections to all nodes, for those who only want to ask (doctor)."""
-    there = _connect(config, backend, uuid.uuid4().hex, len(backend.hosts()))
-    try:
-        yield there
-    finally:
-        _close(there)

@@ -37,7 +37,7 @@ def first_pod(config: Config) -> str:
 def check(config: Config) -> None:
     """Raises ConfigError for what the cluster would refuse, or what would not be found in a pod."""
     ours = config.launch.kubernetes
-    for field in ("name", "namespace", "volume_claim", "secret"):
+    for field in ("name", "namespace", "volume_claim", "variables_from"):
         value = getattr(ours, field)
         if value is not None and not _NAME.fullmatch(value):
             raise ConfigError(
@@ -88,8 +88,8 @@ def manifest(config: Config, placement: Placement, words: list[str], environment
         ],
         "resources": {"requests": amounts, "limits": amounts}, "volumeMounts": mounts,
     }  # fmt: skip
-    if ours.secret is not None:
-        container["envFrom"] = [{"secretRef": {"name": ours.secret}}]
+    if ours.variables_from is not None:
+        container["envFrom"] = [{"secretRef": {"name": ours.variables_from}}]
     job = {
         "apiVersion": "batch/v1", "kind": "Job", "metadata": metadata,
         "spec": {

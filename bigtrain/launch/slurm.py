@@ -72,7 +72,8 @@ class SlurmBackend:
 
 
 def _srun() -> list[str]:
-    return ["srun", "--overlap", "--unbuffered", "--cpu-bind=none", "--mpi=none", "--export=ALL"]
+    """Lines come through as they are written; --unbuffered would give each task a terminal of no width instead."""
+    return ["srun", "--overlap", "--cpu-bind=none", "--mpi=none", "--export=ALL"]
 
 
 def srun_words(layout: Layout) -> list[str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Protocol
 
 from bigtrain import hardware
-from bigtrain.config import Config
+from bigtrain.config import Config, LaunchConfig
+from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.hardware import Placement
 from bigtrain.launch import dryrun, local
 
@@ -66,3 +68,28 @@ class Local:
 
     def show(self, config: Config) -> str:
         return dryrun.show(config, self.placement)
+
+
+def examine_cluster(
+    kind: str, hostfile: str | None, ssh_config: str | None, cluster_file: Path | None, say: Callable[[str], None]
+) -> bool:
+    """`bigtrain doctor --launch`: the nodes of a hostfile, or of the Slurm allocation that this runs in."""
+    from bigtrain.launch import cluster_doctor, slurm
+    from bigtrain.launch.cluster import Backend
+    from bigtrain.launch.hostfile import HostfileBackend
+
+    backend: Backend
+    if kind == "hostfile":
+        if hostfile is None:
+            raise ConfigError(
+                "--hostfile", None, "--launch hostfile wants one", "a file with a line `host slots=N` each"
+            )
+        launch = LaunchConfig(kind="hostfile", hostfile=hostfile, ssh_config=ssh_config)
+        backend = HostfileBackend(launch)
+        backend.check()
+    else:
+        if not slurm.inside():
+            raise BigtrainError("--launch slurm is for inside an allocation: salloc --nodes=N bigtrain doctor ...")
+        launch = LaunchConfig(kind="slurm")
+        backend = slurm.SlurmBackend(launch)
+    return cluster_doctor.examine(Config(launch=launch), backend, cluster_file, say)

@@ -102,7 +102,9 @@ def test_every_optimizer_learns(name: str) -> None:
         assert curve == pytest.approx(first, rel=2e-2), engine
 
 
-@pytest.mark.parametrize(("name", "engine"), [(name, e) for name, engines in NOT_OFFERED.items() for e in sorted(engines)])
+@pytest.mark.parametrize(
+    ("name", "engine"), [(name, e) for name, engines in NOT_OFFERED.items() for e in sorted(engines)]
+)
 def test_what_is_not_offered_is_refused(name: str, engine: str) -> None:
     with pytest.raises(ConfigError, match=r"optimizer\.kind"):
         check(make(ENGINES[engine], "fp32", OPTIMIZERS[name]))

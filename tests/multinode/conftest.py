@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.multinode.hosts import Cluster, missing
+from tests.runs import bigtrain, losses
 
 TINY = [
     "experiment=tiny", "logger.progress=false", "train.eval_every=0", "train.eval_batches=1", "model.dim=16",
@@ -31,3 +32,11 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture
 def base(tmp_path: Path, data_cache: Path) -> list[str]:
     return [*TINY, f"run_dir={tmp_path}/run", f"data.cache_dir={data_cache}"]
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory, data_cache: Path) -> dict[int, float]:
+    """The losses of six steps on two ranks of this machine: what any two ranks anywhere must find too."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    bigtrain("train", *TINY, f"run_dir={run}", f"data.cache_dir={data_cache}", "train.steps=6", "launch.ranks=2")
+    return losses(run)

@@ -106,6 +106,10 @@ class Host:
         self.process.kill()  # unshare: its child is the namespace's first process, and the kernel ends the others
         self.process.wait()
 
+    def boot_again(self) -> None:
+        _run("ip", "-n", self.space, "link", "set", "eth0", "up")
+        self.boot()
+
     def cut(self) -> None:
         """Unplug it from the switch: nothing gets in or out, and nobody is told (no link goes down)."""
         _run("ip", "-n", self.hub, "link", "set", f"v{self.number}", "nomaster")

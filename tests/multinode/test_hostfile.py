@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -12,10 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from tests.multinode.conftest import FOREVER
 from tests.multinode.hosts import Cluster
-from tests.runs import bigtrain, losses, result
+from tests.runs import command, losses, result
 
 pytestmark = pytest.mark.timeout(300)
 ALL_STOPPED_SECONDS = 30
@@ -32,7 +34,9 @@ def stopped(cluster: Cluster, process: subprocess.Popen[str]) -> tuple[int, str,
     return process.returncode, out, error
 
 
-def test_two_hosts_learn_what_one_does(cluster: Cluster, base: list[str], tmp_path: Path) -> None:
+def test_two_hosts_learn_what_one_does(
+    cluster: Cluster, base: list[str], tmp_path: Path, alone: dict[int, float]
+) -> None:
     code, out, error = stopped_after(cluster.train(*base, "train.steps=6"))
     assert code == 0, out + error
     assert "finished at step 6" in out
@@ -40,8 +44,7 @@ def test_two_hosts_learn_what_one_does(cluster: Cluster, base: list[str], tmp_pa
     assert result(tmp_path / "run")["world_size"] == 2
     record = json.loads((tmp_path / "run/launch.json").read_text())
     assert record["hosts"] == ["h1", "h2"]
-    bigtrain("train", *base, f"run_dir={tmp_path}/alone", "train.steps=6", "launch.ranks=2")
-    assert losses(tmp_path / "run") == losses(tmp_path / "alone")
+    assert losses(tmp_path / "run") == alone
     assert not list(Path("/dev/shm").glob(f"bigtrain-{os.getuid()}-{record['command'][-1][-32:]}*"))
 
 
@@ -118,6 +121,23 @@ def test_what_is_wrong_before_the_start_is_one_line(cluster: Cluster, base: list
     assert cluster.leftovers() == []
 
 
+def test_the_doctor_looks_at_every_host_and_the_network_between(cluster: Cluster, tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    file.write_text("device: {name: CPU}\nnodes: 1\ninter_node_gb_per_second: 1.0\nsource: {disk_gib: measured}\n")
+    words = command("doctor", "--launch", "hostfile", "--hostfile", str(cluster.hostfile), "--ssh-config",
+                    f"{cluster.folder}/ssh_config", "--cluster-file", str(file))  # fmt: skip
+    done = subprocess.run(cluster.inside(*words), capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^h1 +\d+ +\d+ GiB", done.stdout, re.MULTILINE)
+    assert re.search(r"^h1 - h2: [\d.]+ GB/s, \d+ us", done.stdout, re.MULTILINE)
+    found = yaml.safe_load(file.read_text())
+    assert (found["device"], found["nodes"]) == ({"name": "CPU"}, 2)  # what was there of one node stays
+    assert 0 < found["inter_node_gb_per_second"] != 1.0
+    assert found["inter_node_latency_us"] > 0
+    assert set(found["source"]) == {"disk_gib", "inter_node_gb_per_second", "inter_node_latency_us"}
+
+
+@pytest.mark.soak
 def test_without_a_shared_filesystem_the_config_arrives_all_the_same(cluster: Cluster, base: list[str]) -> None:
     run = Path(str(cluster.hosts[1].private)) / "run"
     code, out, error = stopped_after(
@@ -153,3 +173,56 @@ def test_ctrl_c_saves_on_all_hosts(cluster: Cluster, base: list[str], tmp_path: 
     code, out, error = stopped(cluster, process)
     assert (code, error) == (0, "")
     assert re.search(r"stopped at step \d+; to continue: bigtrain train", out)
+
+
+@pytest.mark.soak
+def test_the_nodes_that_are_left_go_on(cluster: Cluster, base: list[str], tmp_path: Path) -> None:
+    process = cluster.train(*base, "train.steps=400", "train.save_every=5", "launch.restarts=2", "launch.min_nodes=1")
+    cluster.wait_for_steps(process, tmp_path / "run", 12)
+    try:
+        cluster.hosts[1].kill()
+        code, out, error = stopped_after(process)
+    finally:
+        cluster.hosts[1].boot_again()
+        cluster.wait_for_ssh(cluster.hosts[1])
+    assert code == 0, out + error
+    assert re.search(r"host h2 was lost .*; restart 1 of 2 from the checkpoint of step \d+", out)
+    assert "going on with 1 of 2 nodes, without h2" in out
+    assert result(tmp_path / "run")["world_size"] == 1
+    assert result(tmp_path / "run")["restarts"] == 1
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(20))
+def test_random_kills_stop_everything_in_time(cluster: Cluster, base: list[str], tmp_path: Path, seed: int) -> None:
+    chance = random.Random(seed)
+    process = cluster.train(*base, *FOREVER, "launch.restarts=0", "launch.hang_seconds=5")
+    cluster.wait_for_steps(process, tmp_path / "run", 2 + chance.randrange(50))
+    host = chance.choice(cluster.hosts)
+    way = ["rank", "frozen rank", "agent", "launcher on the node", "node", "link"][seed % 6]
+    began = time.monotonic()
+    try:
+        if way == "node":
+            host.kill()
+        elif way == "link":
+            host.cut()
+        elif way == "agent":
+            for agent in host.running("bigtrain.launch.agent"):
+                agent.kill()
+        elif way == "launcher on the node":
+            for launcher in host.running("deepspeed.launcher.launch"):
+                launcher.kill()
+        else:
+            (rank,) = host.ranks()
+            rank.send_signal(signal.SIGSTOP if way == "frozen rank" else signal.SIGKILL)
+        code, _, error = stopped(cluster, process)
+    finally:
+        if way == "node":
+            host.boot_again()
+            cluster.wait_for_ssh(host)
+        elif way == "link":
+            host.heal()
+    print(f"{way} on {host.name}: {time.monotonic() - began:.1f} s: {error.strip()}")
+    assert code == 1, error
+    assert error.startswith("bigtrain: error: "), error
+    assert error.count("\n") == 1, error
