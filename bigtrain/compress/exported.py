@@ -56,7 +56,7 @@ def measure(
     """plain: the model as a Hugging Face directory, not quantized (ONNX: as it is in the graph); scale_of: how it is
     quantized in `written`.
 
-    logits_largest, logits_difference (the largest, from the same arithmetic in PyTorch), bytes and bytes_plain on disk;
+    logits_largest, logits_difference (the largest, from what `compared_with` says), bytes and bytes_plain on disk;
     where the run's data are here also loss and loss_plain.
     """
     original, exported = formats.load(plain), Onnx(written) if format == "onnx" else formats.load(written)
@@ -70,6 +70,7 @@ def measure(
         layer.scheme, layer.scale, layer.enabled = scheme, scale, True
     expected, seen = (_logits(model, original.config.vocab_size) for model in (original, exported))
     return found | {
+        "compared_with": "the same in PyTorch" if scheme is None or scale_of else "the model before it was quantized",
         "logits_largest": float(expected.abs().max()),
         "logits_difference": float((expected - seen).abs().max()),
     }
@@ -120,7 +121,7 @@ def table(found: dict[str, Any], format: str) -> list[str]:
     """For people."""
     size = f"size    {found['bytes'] / 1e6:.2f} MB, {found['bytes_plain'] / 1e6:.2f} MB as it was trained"
     logits = f"logits  differ by {found['logits_difference']:.2g} at most, of {found['logits_largest']:.3g}"
-    lines = [size, logits + f", from the same model in PyTorch when {format} is loaded again"]
+    lines = [size, f"{logits}, from {found['compared_with']}, when {format} is loaded again"]
     if "loss" in found:
         lines.append(f"loss    {found['loss']:.4f}, {found['loss_plain']:.4f} without quantization, on held-out data")
     else:
