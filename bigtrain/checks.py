@@ -345,7 +345,8 @@ def _check_quantize(config: Config) -> None:
             raise ConfigError("train.lora.rank", config.train.lora.rank, problem, f"set compress.{name}=null")
     if float8 is not None:
         if quantize is not None:
-            raise ConfigError("compress.float8", float8.recipe, f"computes the layers that {at} does", "take one of both")
+            problem = f"computes the layers that {at} does"
+            raise ConfigError("compress.float8", float8.recipe, problem, "take one of both")
         if isinstance(config.engine, DeepSpeedConfig) and config.engine.stage == 3:
             problem = "ZeRO-3 would keep every layer's whole weight for the backward pass"
             raise ConfigError("compress.float8", float8.recipe, problem, "take engine=zero2")

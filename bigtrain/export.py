@@ -80,6 +80,9 @@ def export_quantized(run: Path, out: Path, format: str, quantize: str | None) ->
     with_data = quantize in calibrated.METHODS
     scheme = calibrated.SCHEME if with_data else quantization.PTQ.get(quantize or "", found.scheme if found else None)
     formats.check(format, scheme)
+    if format == "onnx" and quantize not in (None, "int8_dynamic"):
+        problem = "onnxruntime multiplies int8 with int8: a graph holds no weights of it alone"
+        raise ConfigError("--quantize", quantize, problem, "take int8_dynamic")
     if with_data:
         assert quantize is not None
         if format != "compressed-tensors":
@@ -105,6 +108,8 @@ def export_quantized(run: Path, out: Path, format: str, quantize: str | None) ->
             else:
                 formats.write(format, plain, staging, scheme, scale_of)
             measured = exported.measure(config, format, plain, staging, settings, scheme, scale_of)
+            same = bool(scale_of) or (format == "onnx" and not (scheme and scheme.activations))
+            measured["compared_with"] = "the same in PyTorch" if same else "the model before it was quantized"
     return out, measured
 
 

@@ -72,6 +72,7 @@ def test_what_a_run_trained_is_what_every_command_uses(frozen: bool, tmp_path: P
 
     out, measured = export_quantized(run, tmp_path / "packed", "compressed-tensors", None)
     assert measured["logits_difference"] == 0
+    assert measured["compared_with"] == "the same in PyTorch"
     with formats.quietly():
         packed = formats.load(out)
         torch.testing.assert_close(packed(tokens()).logits, expected, rtol=1e-5, atol=1e-5)
@@ -163,6 +164,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     for format, quantize, said in (
         ("compressed-tensors", None, r"--quantize: is for quantized models, and RUN was trained without; give int8_dy"),
         ("torchao", "int4", r"--format='torchao': keeps int4 in 8 bits.*take compressed-tensors"),
+        ("onnx", "int4", r"--quantize='int4': onnxruntime multiplies int8 with int8.*take int8_dynamic"),
     ):
         with pytest.raises(ConfigError, match=said):
             export_quantized(run, tmp_path / "out", format, quantize)
