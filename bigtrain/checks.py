@@ -14,7 +14,6 @@ from bigtrain.config import (
     ClassificationConfig,
     Config,
     DecoderConfig,
-    DeepSpeedConfig,
     EncoderConfig,
     HuggingFaceConfig,
     LabelledDataConfig,
@@ -332,8 +331,6 @@ def _check_distil(config: Config) -> None:
         raise ConfigError(f"{at}.attention", distil.attention, what, "set it to 0")
     if isinstance(task, ClassificationConfig) and task.adversarial != "none":
         raise ConfigError("task.adversarial", task.adversarial, "the teacher sees the text as it is")
-    if config.train.compile:
-        raise ConfigError("train.compile", True, "the teacher's part goes through hooks", "set it to false")
     if distil.teacher_sharded and isinstance(config.engine, AccelerateConfig):
         raise ConfigError(f"{at}.teacher_sharded", True, "is ZeRO-3's work", "take engine=zero3, or set it to false")
     if distil.cache_top_k:
@@ -363,12 +360,8 @@ def _check_quantize(config: Config) -> None:
             raise ConfigError("train.lora.rank", config.train.lora.rank, problem, f"set compress.{name}=null")
     if float8 is not None:
         if quantize is not None:
-            raise ConfigError(
-                "compress.float8", float8.recipe, f"computes the layers that {at} does", "take one of both"
-            )
-        if isinstance(config.engine, DeepSpeedConfig) and config.engine.stage == 3:
-            problem = "ZeRO-3 would keep every layer's whole weight for the backward pass"
-            raise ConfigError("compress.float8", float8.recipe, problem, "take engine=zero2")
+            problem = f"computes the layers that {at} does"
+            raise ConfigError("compress.float8", float8.recipe, problem, "take one of both")
         if config.train.precision == "fp16":
             raise ConfigError("train.precision", "fp16", "compress.float8 rounds bf16 or fp32", "take bf16")
     if quantize is None:

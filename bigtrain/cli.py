@@ -398,7 +398,7 @@ def _columns(columns: tuple[str, ...]) -> dict[str, str | int]:
     type=click.Choice(["huggingface", "compressed-tensors", "torchao", "onnx"]),
 )  # fmt: skip
 @click.option(
-    "--quantize", type=click.Choice(["int8_dynamic", "int8", "int4"]),
+    "--quantize", type=click.Choice(["int8_dynamic", "int8", "int4", "gptq_int4", "awq_int4"]),
     help="What to make of the weights, in a format of quantized ones. A run that trained with quantization has them.",
 )  # fmt: skip
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Directory to make; new or empty.")

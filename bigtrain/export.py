@@ -66,10 +66,11 @@ def export(run: Path, out: Path, encrypt: bool = False, key: EncryptionConfig | 
 def export_quantized(run: Path, out: Path, format: str, quantize: str | None) -> tuple[Path, dict[str, Any]]:
     """The same in another of FORMATS; `out`, and what `exported.measure` found when it was loaded again.
 
-    quantize: a name of quantize.PTQ; of a run that trained with quantized weights None, and these are written.
+    quantize: a name of quantize.PTQ, or calibrated.METHODS for compressed-tensors; None for a run that trained with
+    quantized weights, and these are written.
     Raises as `export`, and ConfigError for what the format has no room for or a package that is missing.
     """
-    from bigtrain.compress import exported, formats
+    from bigtrain.compress import calibrated, exported, formats
 
     out = _new(out)
     config, checkpoint = _opened(run)
@@ -77,8 +78,17 @@ def export_quantized(run: Path, out: Path, format: str, quantize: str | None) ->
     if found is not None and quantize is not None:
         problem = "RUN has trained with quantized weights, and they are what is written"
         raise ConfigError("--quantize", quantize, problem, "leave it out")
-    scheme = quantization.PTQ[quantize] if quantize is not None else None if found is None else found.scheme
+    with_data = quantize in calibrated.METHODS
+    scheme = calibrated.SCHEME if with_data else quantization.PTQ.get(quantize or "", found.scheme if found else None)
     formats.check(format, scheme)
+    if format == "onnx" and quantize not in (None, "int8_dynamic"):
+        problem = "onnxruntime multiplies int8 with int8: a graph holds no weights of it alone"
+        raise ConfigError("--quantize", quantize, problem, "take int8_dynamic")
+    if with_data:
+        assert quantize is not None
+        if format != "compressed-tensors":
+            raise ConfigError("--quantize", quantize, f"has no format {format}", "take compressed-tensors")
+        calibrated.check(quantize, config)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=_existing(out.parent)) as folder:
         plain = Path(folder)
         # A graph holds what is computed; the others are made of the weights as they were trained.
@@ -87,14 +97,20 @@ def export_quantized(run: Path, out: Path, format: str, quantize: str | None) ->
         if found is not None and format != "onnx":
             _, expanded = _mapped(run, config, _expanded(iterate_weights(checkpoint), found))
             scale_of = formats.trained_grids(settings, expanded, found.scheme)
-        elif quantize is not None and format != "onnx":
+        elif quantize is not None and format != "onnx" and not with_data:
             assert scheme is not None
             scale_of = formats.grids(settings, iterate_weights(plain), scheme)
         else:
             scale_of = {}
         with _staging(out) as staging, formats.quietly():
-            formats.write(format, plain, staging, scheme, scale_of)
+            if with_data:
+                assert quantize is not None
+                calibrated.write(quantize, config, settings, plain, staging)
+            else:
+                formats.write(format, plain, staging, scheme, scale_of)
             measured = exported.measure(config, format, plain, staging, settings, scheme, scale_of)
+            same = bool(scale_of) or (format == "onnx" and not (scheme and scheme.activations))
+            measured["compared_with"] = "the same in PyTorch" if same else "the model before it was quantized"
     return out, measured
 
 

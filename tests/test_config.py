@@ -26,6 +26,7 @@ NEEDED = {
     ("data", "text"): ["data.path=corpus.txt"],
     ("data", "labelled"): ["task=tagging", "model=bert_tiny", "data.path=tagged.conll"],
     ("launch", "hostfile"): ["launch.hostfile=hosts"],
+    ("compress", "distil"): [f"compress.distil.teacher={MINILM}", "task=masked_lm", "model=bert_tiny"],
     ("engine", "zero_infinity"): ["engine.nvme_path=/nvme"],
     ("optimizer", "adafactor"): ["engine=zero0"],
     ("model", "modern_bert_base"): ["task.sentence=none"],  # it has no segments

@@ -27,7 +27,9 @@ _FREE = (
     "train.keep_best", "train.objective", "train.stop_at", "train.guard",
     "train.tokens_per_parameter", "train.profile",
 )  # fmt: skip
-_LISTED = ("engine",)  # the same sums in another order: state is cut anew (checkpoint/reshard.py)
+# The same sums in another order: state is cut anew (checkpoint/reshard.py). And when a transform acts, which may follow
+# train.steps; what is pruned stays so.
+_LISTED = ("engine", "compress.prune.schedule", "compress.quantize.start", "compress.quantize.freeze")
 _REFUSED = {
     "model.dropout": None,  # (None: it is not)
     "model.rope_theta": "positions would mean something else to the weights",

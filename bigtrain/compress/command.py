@@ -22,6 +22,7 @@ from bigtrain.compress_config import CompressConfig, DistilConfig, PruneConfig, 
 from bigtrain.config import Config
 from bigtrain.data.example_loader import Share
 from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.export import export_quantized
 from bigtrain.files import write_atomic
 from bigtrain.launch import Stopped
 from bigtrain.launch import train as launch
@@ -30,6 +31,7 @@ from bigtrain.worker import LABELS
 DENSE = "dense"
 # The first of these that a task has is its quality; larger is better of all but the last.
 QUALITIES = ("eval/accuracy", "eval/f1", "eval/spearman", "eval/bleu", "eval/masked_accuracy", "eval/perplexity")
+FORMAT_OF = {"int8": "compressed-tensors", "int4": "compressed-tensors", "int8_dynamic": "torchao"}
 CALIBRATION = 32  # examples or sequences of a calibration batch
 
 
@@ -233,10 +235,17 @@ def count(model: nn.Module) -> tuple[int, int]:
 
 
 def stored_bytes(directory: Path, quantized: str | None) -> int | None:
-    """Of the weights' files; None of a quantized model, which nothing has written yet."""
+    """Of the weights' files: of a quantized model, those of its export beside `directory`, which this writes; None
+    where no format takes it."""
+    if quantized is not None:
+        out = directory.with_name(f"{directory.name}-exported")
+        try:
+            export_quantized(directory, out, FORMAT_OF[quantized], quantized)
+        except ConfigError:
+            return None
+        return sum(file.stat().st_size for file in out.rglob("*") if file.suffix in (".safetensors", ".bin"))
     checkpoint = newest(directory)
-    if quantized is not None or checkpoint is None:
-        return None
+    assert checkpoint is not None
     return sum(file.stat().st_size for file in checkpoint.glob("model*.safetensors"))
 
 

@@ -56,8 +56,8 @@ def measure(
     """plain: the model as a Hugging Face directory, not quantized (ONNX: as it is in the graph); scale_of: how it is
     quantized in `written`.
 
-    logits_largest, logits_difference (the largest, from the same arithmetic in PyTorch), bytes and bytes_plain on disk;
-    where the run's data are here also loss and loss_plain.
+    logits_largest, logits_difference (the largest, from the same arithmetic in PyTorch, or where `scale_of` is empty
+    from `plain`), bytes and bytes_plain on disk; where the run's data are here also loss and loss_plain.
     """
     original, exported = formats.load(plain), Onnx(written) if format == "onnx" else formats.load(written)
     loss = _Loss(config, settings, plain)
@@ -118,11 +118,14 @@ def _bytes(directory: Path) -> int:
 
 def table(found: dict[str, Any], format: str) -> list[str]:
     """For people."""
-    size = f"size    {found['bytes'] / 1e6:.2f} MB, {found['bytes_plain'] / 1e6:.2f} MB as it was trained"
-    logits = f"logits  differ by {found['logits_difference']:.2g} at most, of {found['logits_largest']:.3g}"
-    lines = [size, logits + f", from the same model in PyTorch when {format} is loaded again"]
+    lines = [
+        f"        {format:20s}as a plain directory",
+        f"size    {found['bytes'] / 1e6:.2f} MB".ljust(28) + f"{found['bytes_plain'] / 1e6:.2f} MB",
+    ]
     if "loss" in found:
-        lines.append(f"loss    {found['loss']:.4f}, {found['loss_plain']:.4f} without quantization, on held-out data")
+        lines.append(f"loss    {found['loss']:.4f}".ljust(28) + f"{found['loss_plain']:.4f}, on held-out data")
     else:
         lines.append("loss    not measured: the data that RUN was trained on are not here")
+    largest = f"{found['logits_difference']:.2g} at most, of {found['logits_largest']:.3g}"
+    lines.append(f"logits  loaded again they differ by {largest}, from {found['compared_with']}")
     return lines

@@ -78,6 +78,9 @@ def open_source(
             raise ConfigError("RUN", str(path), "holds no complete checkpoint", "train until the first one is saved")
         if data or held_out or task:
             raise ConfigError("--data", " ".join(data), f"{path} is a run, which has data of its own", "leave it out")
+        if schema.load(path / "config.yaml").compress.quantize is not None:
+            problem = "has trained with quantized weights, which are what is to be kept"
+            raise ConfigError("RUN", str(path), problem, "bigtrain export writes them")
         return path
     if not transfer.is_huggingface(path):
         problem = "is no run (config.yaml) and no Hugging Face directory (config.json)"

@@ -23,9 +23,9 @@ def write_page(found: dict[str, Any], out: Path) -> Path:
 
 
 def size(row: dict[str, Any]) -> float:
-    """Megabytes on the disk, or of what is not there, of its weights that are not zero in bfloat16."""
+    """Megabytes on the disk; of what no format takes, those of its parameters in bfloat16."""
     stored = row["disk_bytes"]
-    return float(stored if stored is not None else 2 * row["nonzeros"]) / 1e6
+    return float(stored if stored is not None else 2 * row["parameters"]) / 1e6
 
 
 def draw(found: dict[str, Any]) -> bytes:
@@ -35,11 +35,13 @@ def draw(found: dict[str, Any]) -> bytes:
 
     rows, name = found["rows"], found["quality"]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8, 4.6), dpi=110, layout="constrained", facecolor="white")
+        figure = Figure(figsize=(9.5, 4.6), dpi=110, layout="constrained", facecolor="white")
         axes = figure.add_subplot()
         for index, row in enumerate(rows):
-            axes.scatter(size(row), row["quality"], s=46, color=COLOURS[0 if index == 0 else 1], zorder=3)
-            axes.annotate(row["recipe"], (size(row), row["quality"]), (5, 4), textcoords="offset points", fontsize=8)
+            colour, mark = COLOURS[index % len(COLOURS)], "os^DvPX*"[index // len(COLOURS) % 8]
+            name_of = row["recipe"] if row["disk_bytes"] is not None else f"{row['recipe']} (not written)"
+            axes.scatter(size(row), row["quality"], s=46, color=colour, marker=mark, zorder=3, label=name_of)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
         axes.axhline(rows[0]["quality"], color="#999999", linewidth=0.8, linestyle="--")
         axes.set_xlabel("MB of weights on the disk")
         axes.set_ylabel(name.removeprefix("eval/"))

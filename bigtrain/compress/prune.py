@@ -30,7 +30,6 @@ from bigtrain.engine.shards import Flat
 from bigtrain.errors import BigtrainError, ConfigError
 
 FIELD = "compress.prune"
-PRUNED_BEFORE = -1.0  # below every score of a live weight where scores cannot be negative
 SCORE = "score."  # before a weight's name, in a checkpoint: its scores of movement
 
 
@@ -152,8 +151,9 @@ class Prune(Transform):
             end += layer.shape.numel()
         own = [(index, part) for index, part in enumerate(self.masks.parts) if part.layer.weight in first]
         pieces = [select.Piece(self._keys(index, part), first[part.layer.weight] + part.start) for index, part in own]
-        count = round(self.config.sparsity * share * end)
         total = partial(shards.total, self.engine)
+        gone = sum(int((part.keep == 0).sum()) for _, part in own)  # more than `share` if the schedule has been changed
+        count = max(round(self.config.sparsity * share * end), int(total(torch.tensor([gone]))))
         cut = select.cut(pieces, count, 33 if self.scores else 31, end, total)
         for piece, (_, part) in zip(pieces, own, strict=True):
             part.keep.copy_(~cut.chosen(piece.keys(), piece.first))
@@ -185,6 +185,7 @@ class Prune(Transform):
             count = int(share * (self.pattern[1] - self.pattern[0]) + 1e-9)
         else:
             count = round(self.config.sparsity * share * groups.shape[1])
+        count = max(count, int((groups == -torch.inf).sum(dim=1).max()))
         order = groups.argsort(dim=1, stable=True)
         keep = torch.ones_like(groups, dtype=torch.uint8).scatter_(1, order[:, :count], 0)
         self.masks.set_whole(layer, keep.view_as(score))

@@ -158,8 +158,19 @@ def resumed(choices: dict[str, Any], prunes: dict[str, Any], folder: str) -> dic
             sparse.step = 3
             digest = sparse.begin().digest()
             found.setdefault(title, {})[name] = {"masks": digest, "wrong": sparse.steps(7)}
+    found["slower"] = {name: slower(host, choice, prunes["magnitude"]) for name, choice in choices.items()}
     found["of other layers"] = {"": {"problem": _others_masks(sparse)}}
     return found
+
+
+def slower(host: HostGroup, choice: dict[str, Any], prune: dict[str, Any]) -> dict[str, bool]:
+    """What is pruned stays so, where the schedule is changed to want less for the time being."""
+    sparse = Sparse(host, choice, {}, prune | {"schedule": {"kind": "linear", "begin": 0, "end": 40, "every": 1}})
+    sparse.prune.choose(0.5)
+    before = sparse.keeps()
+    sparse.prune.choose(0.25)
+    after = sparse.keeps()
+    return {"same": all(torch.equal(before[name], after[name]) for name in before)}
 
 
 def _others_masks(sparse: Sparse) -> str:

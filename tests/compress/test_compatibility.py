@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from bigtrain.compress.compatibility import RULES, TRANSFORMS, Cell, cells, refu
 from bigtrain.config import from_dict
 from bigtrain.errors import ConfigError
 from tests.distributed.ranks import run_ranks
+from tests.runs import TINY, bigtrain, result
 
 PRUNES = {
     "prune.magnitude": {"method": "magnitude"},
@@ -83,3 +85,21 @@ def test_some_allowed_cells_train() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_every_allowed_cell_trains(compiled: bool) -> None:
     walk([cell for cell in allowed("prune.") if cell.compile == compiled])
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("cell", allowed("quantize") + allowed("distil"), ids=lambda cell: "-".join(map(str, cell)))
+def test_every_allowed_cell_of_the_other_transforms_trains(
+    cell: Cell, tmp_path: Path, data_cache: Path, trained_run: Path
+) -> None:
+    run = tmp_path / "run"
+    engine = sections(cell)["engine"] | ({"nvme_path": str(tmp_path)} if cell.offload == "nvme" else {})
+    chosen = {"quantize": ["compress=[qat_int4]"], "distil": ["compress=[distil]"]}[cell.transform]
+    chosen += [f"compress.distil.teacher={trained_run}"] if cell.transform == "distil" else []
+    bigtrain(
+        "train", *TINY, f"run_dir={run}", f"data.cache_dir={data_cache}", "train.steps=3", "train.eval_every=0",
+        "engine=zero2" if engine["kind"] == "deepspeed" else "engine=accelerate", *chosen,
+        *(f"engine.{key}={value}" for key, value in engine.items()), f"train.compile={str(cell.compile).lower()}",
+        timeout=500,
+    )  # fmt: skip
+    assert result(run)["train/steps"] == 3

@@ -17,7 +17,7 @@ from torch import Tensor
 from bigtrain import cli, generate
 from bigtrain.checkpoint import newest
 from bigtrain.checkpoint.integrity import seal
-from bigtrain.compress import exported, formats
+from bigtrain.compress import calibrated, exported, formats
 from bigtrain.compress.quantize import PTQ, Quantize, as_trained, rounded, trained
 from bigtrain.compress_config import QuantizeConfig
 from bigtrain.config import ClassificationConfig, Config, dump, load
@@ -72,6 +72,7 @@ def test_what_a_run_trained_is_what_every_command_uses(frozen: bool, tmp_path: P
 
     out, measured = export_quantized(run, tmp_path / "packed", "compressed-tensors", None)
     assert measured["logits_difference"] == 0
+    assert measured["compared_with"] == "the same in PyTorch"
     with formats.quietly():
         packed = formats.load(out)
         torch.testing.assert_close(packed(tokens()).logits, expected, rtol=1e-5, atol=1e-5)
@@ -145,6 +146,16 @@ def test_a_classifier_as_a_graph(tmp_path: Path) -> None:
     assert sorted(path.name for path in small.glob("*onnx*")) == ["model.onnx"]
 
 
+def test_gptq(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llmcompressor")
+    run, _ = decoder_run(tmp_path / "run", LLAMA)
+    rows = torch.randint(300, (16, 64), generator=torch.Generator().manual_seed(0)).tolist()
+    monkeypatch.setattr(calibrated, "_calibration", lambda config: iter(rows))  # the run has no data
+    out, measured = export_quantized(run, tmp_path / "out", "compressed-tensors", "gptq_int4")
+    assert measured["bytes"] < 0.8 * measured["bytes_plain"]
+    assert "model.layers.0.mlp.up_proj.weight_packed" in load_file(out / "model.safetensors")
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 
 
@@ -153,6 +164,7 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     for format, quantize, said in (
         ("compressed-tensors", None, r"--quantize: is for quantized models, and RUN was trained without; give int8_dy"),
         ("torchao", "int4", r"--format='torchao': keeps int4 in 8 bits.*take compressed-tensors"),
+        ("onnx", "int4", r"--quantize='int4': onnxruntime multiplies int8 with int8.*take int8_dynamic"),
     ):
         with pytest.raises(ConfigError, match=said):
             export_quantized(run, tmp_path / "out", format, quantize)
@@ -166,9 +178,14 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     with pytest.raises(ConfigError, match=r"--quantize='int8': RUN has trained with quantized weights"):
         export_quantized(qat, tmp_path / "out", "compressed-tensors", "int8")
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith("onnx") else find(name))
+    gone = ("onnx", "llmcompressor")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name.startswith(gone) else find(name))
     with pytest.raises(ConfigError, match=r"--format='onnx': needs onnx; pip install 'bigtrain\[onnx\]'"):
         export_quantized(run, tmp_path / "out", "onnx", None)
+    with pytest.raises(ConfigError, match=r"'gptq_int4': needs llm-compressor, which holds transf.*environment of its"):
+        export_quantized(run, tmp_path / "out", "compressed-tensors", "gptq_int4")
+    with pytest.raises(ConfigError, match=r"--quantize='awq_int4': has no format torchao|--format='torchao'"):
+        export_quantized(run, tmp_path / "out", "torchao", "awq_int4")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["gpt", "odd", "qat", "run"]
 
     for arguments, said in (

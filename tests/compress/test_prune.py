@@ -76,6 +76,7 @@ def test_a_sparse_run_goes_on_at_another_stage_and_number_of_ranks(tmp_path: Pat
     assert found["of other layers"][""]["problem"] == (
         "the checkpoint's masks are of other layers: none for blocks.0.attention.qkv.weight"
     )
+    assert found["slower"] == {name: {"same": True} for name in choices}
     for title in prunes:
         first = saved[0][title]
         assert (first["problem"], first["wrong"]) == (None, [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from bigtrain.compress_config import Float8Config, PruneConfig, QuantizeConfig
 from bigtrain.config import AccelerateConfig, Config, DecoderConfig, DeepSpeedConfig, EncoderConfig, Seq2SeqConfig
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.hardware import Placement, check_precision
+from tests.distributed.curves import ENGINES
+from tests.distributed.ranks import run_ranks
 
 torchao = pytest.importorskip("torchao")
 from torchao.quantization.qat import IntxFakeQuantizeConfig, IntxFakeQuantizer  # noqa: E402
@@ -160,6 +163,34 @@ def test_training_compiled() -> None:
     compiled = torch.compile(layers, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), expected)
     torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), layers[0].weight)[0], gradient)
+
+
+@pytest.mark.parametrize(
+    ("engines", "precision"),
+    [
+        (["zero2", "zero3"], "bf16"),
+        pytest.param(
+            ["zero0", "zero1", "zero2_offload", "zero3_offload", "ddp", "fsdp2"], "fp32", marks=pytest.mark.soak
+        ),
+    ],
+)
+def test_in_training_on_two_ranks(engines: list[str], precision: str, tmp_path: Path) -> None:
+    """The same losses whatever the engine; scales frozen of the whole weights, and kept by a run that goes on with
+    another ZeRO stage."""
+    settings = {"bits": 4, "group_size": 32}
+    zero = [name for name in engines if name.startswith("zero")]
+    for choices in (zero, *([name] for name in engines if name not in zero)):  # FSDP2 goes on as it was saved only
+        found, _ = run_ranks(
+            "tests.compress.quantized:trained", 2,
+            {"choices": {name: ENGINES[name] for name in choices}, "precision": precision, "settings": settings,
+             "folder": str(tmp_path)},
+        )  # fmt: skip
+        first = found[choices[0]]["curve"]
+        for seen in found.values():
+            assert seen["exact"]
+            assert seen["held"]
+            assert seen["curve"] == pytest.approx(first, rel=2e-2 if precision == "bf16" else 1e-3)
+            assert seen["resumed"] == pytest.approx(seen["curve"][-3:], rel=2e-2 if precision == "bf16" else 1e-3)
 
 
 # ------------------------------------------------------------------------------------------------- float8

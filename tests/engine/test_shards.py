@@ -78,6 +78,41 @@ def contract(choices: dict[str, Any], precision: str) -> list[str]:
         for key, tensor in engine.weights():
             if host.rank == 0 and (torch.equal(tensor, before[key]) or (tensor - before[key]).abs().max() > 1):
                 wrong.append(f"{name} {key}: a step did not go on from what was written")
+        wrong += [f"{name}: {problem}" for problem in around(engine, config, host)]
+    return wrong
+
+
+def around(engine: Engine, config: Any, host: HostGroup) -> list[str]:
+    """What is wrong with how a step is watched: its gradients, its masters, and that what is left out is not."""
+    wrong, seen = [], []
+    masters: dict[int, torch.Tensor] = {}
+
+    def before(flat: shards.Flat) -> None:
+        seen.append(("before", flat.index))
+        masters[flat.index] = flat.master.clone()
+        gradient = flat.key.grad
+        if gradient is None or gradient.dtype != torch.float32 or gradient.numel() != flat.master.numel():
+            wrong.append(f"no gradient beside master {flat.index}")
+        elif flat.pieces and not gradient.any():
+            wrong.append(f"the gradient beside master {flat.index} is zero")
+
+    def after(flat: shards.Flat) -> None:
+        seen.append(("after", flat.index))
+        if flat.pieces and torch.equal(masters[flat.index], flat.master):
+            wrong.append(f"master {flat.index} is as before the step")
+        flat.master.fill_(0.25)
+
+    shards.around_step(engine, before, after)
+    train(engine, config, host, 4, 5)
+    wanted = sorted((when, flat.index) for flat in shards.flats(engine) for when in ("before", "after"))
+    if sorted(seen) != wanted:
+        wrong.append(f"called {sorted(seen)}, not {wanted}")
+    if any(host.rank == 0 and not (tensor == 0.25).all() for _, tensor in list(engine.weights())):
+        wrong.append("what was written after the step did not arrive in the working weights")
+    own = torch.tensor([sum(view.master.numel() for view in shards.shards(engine))])
+    everything = sum(shards.shape_of(parameter).numel() for parameter in engine.model.parameters())
+    if int(shards.total(engine, own)) != everything:
+        wrong.append(f"{int(shards.total(engine, own))} weights in total, not {everything}")
     return wrong
 
 

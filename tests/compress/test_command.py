@@ -1,0 +1,140 @@
+"""`bigtrain compress`: recipes on a run and on a Hugging Face directory, and what they leave behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from bigtrain import config as schema
+from bigtrain.checkpoint import newest
+from bigtrain.checkpoint.weights import read_weights
+from bigtrain.compress import command, recipe
+from bigtrain.compress.command import Options
+from bigtrain.compress.recipe import parse
+from bigtrain.compress.structure import Cut
+from bigtrain.errors import ConfigError
+from bigtrain.export import export
+from tests.runs import bigtrain
+
+QUICK = Options(calibration_batches=1, watts=20.0)
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def compressed(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("compressed") / "out"
+    command.run(trained_run, ["magnitude=0.5", "wanda=0.25+int8", "heads=1+neurons=0.5+layers=1"], out, QUICK, quiet)
+    return out
+
+
+def rows(out: Path) -> dict[str, dict]:
+    return {row["recipe"]: row for row in json.loads((out / "compress.json").read_text())["rows"]}
+
+
+def test_the_numbers_are_those_of_the_models(compressed: Path, trained_run: Path) -> None:
+    found = rows(compressed)
+    dense, half, cut = found["dense"], found["magnitude=0.5"], found["heads=1+neurons=0.5+layers=1"]
+    weights = read_weights(newest(trained_run))  # type: ignore[arg-type]
+    assert dense["parameters"] == sum(tensor.numel() for tensor in weights.values())
+    assert dense["disk_bytes"] == (newest(trained_run) / "model.safetensors").stat().st_size  # type: ignore[operator]
+    matrices = {name for name in weights if name.startswith("blocks.") and weights[name].dim() == 2}
+    kept = read_weights(newest(compressed / "magnitude-0.5"))  # type: ignore[arg-type]
+    pruned = sum(int((kept[name] == 0).sum()) for name in matrices)
+    assert pruned == round(0.5 * sum(weights[name].numel() for name in matrices))  # exactly
+    assert half["nonzeros"] == half["parameters"] - sum(int((tensor == 0).sum()) for tensor in kept.values())
+    assert cut["parameters"] < 0.7 * dense["parameters"]
+    assert cut["disk_bytes"] < 0.7 * dense["disk_bytes"]
+    for row in found.values():
+        assert row["metrics"]["eval/loss"] > 0
+        assert row["batch_32_joules"] == pytest.approx(20.0 * row["batch_32_seconds"])
+        assert row["batch_1_watts_source"] == "--watts"
+    page = (compressed / "index.html").read_text()
+    assert all(name in page for name in found)
+    assert (compressed / "quality_size.png").stat().st_size > 5000
+
+
+def test_what_a_cut_leaves_is_a_model_for_every_command(compressed: Path, tmp_path: Path) -> None:
+    """Evaluated alike, exported, read by transformers, and cut again from there."""
+    import transformers
+
+    smaller = compressed / "heads-1+neurons-0.5+layers-1"
+    config = schema.load(smaller / "config.yaml").model
+    assert (config.n_layers, config.n_heads, config.head_dim, config.ffn_dim) == (1, 1, 32, 128)  # type: ignore[union-attr]
+    out = export(smaller, tmp_path / "hf")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(out)
+    again = command.run(out, ["neurons=0.5"], tmp_path / "again", QUICK, quiet)
+    dense = again["rows"][0]
+    assert dense["parameters"] == loaded.num_parameters()
+    assert dense["metrics"]["eval/loss"] == pytest.approx(
+        rows(compressed)["heads=1+neurons=0.5+layers=1"]["metrics"]["eval/loss"], rel=0.05
+    )  # other held-out text: another cut of the corpus
+
+
+@pytest.mark.soak
+def test_training_goes_on_with_zeros_held_and_a_teacher(trained_run: Path, tmp_path: Path) -> None:
+    said = bigtrain(
+        "compress", str(trained_run), "magnitude=0.5+int8", "layers=1", "--recover-steps", "4", "--distil",
+        "--lr", "1e-3", "--out", str(tmp_path / "out"), "--calibration-batches", "1",
+    )  # fmt: skip
+    found = rows(tmp_path / "out")
+    assert len(found) == 3
+    assert str(tmp_path / "out" / "index.html") in said
+    recovered = read_weights(newest(tmp_path / "out" / "magnitude-0.5+int8-recovered"))  # type: ignore[arg-type]
+    start = read_weights(newest(tmp_path / "out" / "magnitude-0.5+int8"))  # type: ignore[arg-type]
+    changed = 0
+    for name, tensor in start.items():
+        if name.startswith("blocks.") and tensor.dim() == 2:
+            assert torch.equal(tensor == 0, recovered[name] == 0), name
+            changed += int((tensor != recovered[name]).sum())
+    assert changed
+    run = schema.load(tmp_path / "out" / "layers-1-recovered" / "config.yaml")
+    assert run.model.n_layers == 1  # type: ignore[union-attr]
+    assert run.compress.distil is not None
+
+
+def test_recipes_as_they_are_typed() -> None:
+    found = parse("heads=0.25+neurons=12+wanda=0.5+int4")
+    assert found.cut == Cut(heads=0.25, neurons=12)
+    assert found.prune is not None
+    assert (found.prune.method, found.prune.sparsity, found.prune.scope) == ("wanda", 0.5, "layer")
+    assert found.quantize == "int4"
+    assert parse("nm=4:8").prune.pattern == "4:8"  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("hads=1", "'hads=1' is no step; did you mean heads?"),
+        ("smaller", f"'smaller' is no step; steps are {recipe.EXAMPLES}"),
+        ("heads=few", "heads=few is no number"),
+        ("magnitude=1", "magnitude=1: sparsity must be at least 0 and below 1"),
+        ("magnitude=0.5+wanda=0.5", "has prune twice"),
+        ("nm=4:2", "nm=4:2 is no pattern; write it as nm=2:4"),
+    ],
+)
+def test_what_is_no_recipe(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(text)
+    assert str(caught.value) == f"RECIPE={text!r}: {message}"
+
+
+def test_refusals_leave_nothing_behind(trained_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for arguments, message in (
+        ((str(trained_run), "heads=2"), "heads='2': there are 2, and one must stay; take at most 1"),
+        ((str(tmp_path), "heads=1"), "is no run (config.yaml) and no Hugging Face directory"),
+        ((str(trained_run), "int8", "int8"), "names one twice"),
+        ((str(trained_run), "nm=3:5"), "not divisible by 5"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            command.run(Path(arguments[0]), arguments[1:], out, QUICK, quiet)
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+        if "nm" not in arguments[1]:  # that one shows on the weights' shapes, when the model is there
+            assert not out.exists()

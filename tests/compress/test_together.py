@@ -1,0 +1,93 @@
+"""Pruning, int4 training and distillation in one sharded run: trained, killed, resumed, exported, its zeros zero."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from bigtrain.checkpoint import newest
+from bigtrain.checkpoint.weights import read_weights
+from bigtrain.config import DecoderConfig
+from bigtrain.models import huggingface
+from bigtrain.models.huggingface import names
+from tests.runs import TINY, bigtrain, command, losses, metrics, result
+
+STEPS = 12
+# Of these shapes, so that a format of int4 has it.
+LLAMA = DecoderConfig(
+    dim=64, n_layers=1, n_heads=2, max_seq_len=64, positions="rotary", norm="rmsnorm", activation="swiglu", bias=False
+)
+
+
+@pytest.mark.soak
+def test_half_sparse_int4_and_distilled_under_zero3_survives_a_kill(
+    trained_run: Path, data_cache: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    arguments = [
+        "train", *TINY, f"run_dir={run}", f"data.cache_dir={data_cache}", "engine=zero3", "launch.ranks=2",
+        "launch.restarts=0", "model.n_layers=1", "model.positions=rotary", "model.norm=rmsnorm",
+        "model.activation=swiglu", "model.bias=false", f"train.steps={STEPS}", "train.micro_batch=2",
+        "train.save_every=3", "train.eval_every=0", "logger=quiet", "compress=[prune_global,qat_int4,distil]",
+        "compress.prune.sparsity=0.5", "compress.prune.schedule={begin: 1, end: 6, every: 1}",
+        f"compress.distil.teacher={trained_run}", "compress.distil.hidden=0.1", "compress.distil.teacher_sharded=true",
+    ]  # fmt: skip
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (run / "checkpoints" / "step-00000003" / "manifest.json").is_file():
+        assert process.poll() is None, "ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    time.sleep(2)  # its ranks see it and end
+    bigtrain(*arguments)
+    assert result(run)["status"] == "finished"
+    assert sorted(losses(run)) == list(range(1, STEPS + 1))
+    told = [line for line in metrics(run) if "compress/sparsity" in line]
+    assert told[-1]["compress/sparsity"] == pytest.approx(0.5, abs=1e-4)
+    assert all(line["train/distil_loss"] > 0 for line in told)
+
+    checkpoint = newest(run)
+    assert checkpoint is not None
+    packed = load_file(checkpoint / "compress" / "prune.safetensors")
+    weights = read_weights(checkpoint)
+    gone = {
+        name: torch.from_numpy(np.unpackbits(bits.numpy())[: weights[name].numel()] == 0).view_as(weights[name])
+        for name, bits in packed.items()
+    }
+    assert sum(int(mask.sum()) for mask in gone.values()) == round(0.5 * sum(mask.numel() for mask in gone.values()))
+    bigtrain("export", str(run), "--out", str(tmp_path / "hf"))
+    config = huggingface.read_config(tmp_path / "hf")
+    exported = dict(huggingface.iterate_weights(tmp_path / "hf", config))
+    for name, mask in gone.items():
+        assert torch.equal(exported[name], weights[name].to(exported[name].dtype)), name
+        assert not exported[name][mask].any(), name
+        assert exported[name].any()
+    bigtrain("export", str(run), "--format", "compressed-tensors", "--out", str(tmp_path / "int4"))
+    _check_packed(tmp_path / "int4", gone)
+
+
+def _check_packed(directory: Path, gone: dict[str, torch.Tensor]) -> None:
+    """The integers in the file: what was masked is zero there, too."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    stored = load_file(directory / "model.safetensors")
+    integers = {
+        name.removesuffix("_packed"): unpack_from_int32(
+            packed, 4, torch.Size(stored[name.replace("_packed", "_shape")].tolist())
+        )
+        for name, packed in stored.items()
+        if name.endswith("_packed")
+    }
+    rules = {rule.ours: rule for rule in names.LLAMA.rules(LLAMA)}
+    for name, mask in gone.items():
+        whole = torch.cat([integers[f"model.{theirs}"] for theirs in rules[name].theirs])
+        assert not whole[mask].any(), name
+        assert whole.any()
