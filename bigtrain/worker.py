@@ -161,16 +161,20 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
             trainer.restore(resumed)
         result = trainer.fit()
         heartbeat.phase(heartbeat.ENDING)
-        result |= task.facts() | preflight.predicted(run_dir) | {
-            "model/parameters": info.parameters,
-            "model/trained_parameters": trained,
-            "time/total_seconds": time.time() - started,
-            "run": str(run_dir),
-            "config_sha256": configuration.fingerprint(config),
-            "world_size": host.world_size,
-            "restarts": int(os.environ.get("BIGTRAIN_RESTARTS", "0")),
-            "versions": versions(),
-        }
+        result |= (
+            task.facts()
+            | preflight.predicted(run_dir)
+            | {
+                "model/parameters": info.parameters,
+                "model/trained_parameters": trained,
+                "time/total_seconds": time.time() - started,
+                "run": str(run_dir),
+                "config_sha256": configuration.fingerprint(config),
+                "world_size": host.world_size,
+                "restarts": int(os.environ.get("BIGTRAIN_RESTARTS", "0")),
+                "versions": versions(),
+            }
+        )
         if host.rank == 0:
             write_atomic(run_dir / "result.json", json.dumps(result, indent=1))
             hooks.on_end(result)
