@@ -1,9 +1,8 @@
 """The planned memory of a rank against what real ranks hold: `python benchmarks/plan_accuracy.py [--ranks 4]`.
 
 Real is: ranks of gloo in processes of their own, bigtrain's engine and models, two optimizer steps, every tensor's
-bytes counted from the operator that makes it until its last reference goes (bigtrain/plan/measured.py). Between runs it
-differs by what gloo's thread still holds, a bucket at most. Not in it: scratch memory inside operators, and the
-libraries (the plan's `context`).
+bytes counted from the operator that makes it until its last reference goes (bigtrain/plan/measured.py), of the rank
+that needs most. Not in it: scratch memory inside operators, and the libraries (the plan's `context`).
 """
 
 from __future__ import annotations

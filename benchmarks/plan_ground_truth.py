@@ -278,12 +278,14 @@ def energy_errors() -> Errors:
 
 def zero_states_gb(parameters: float, ranks: int, stage: int) -> float:
     """GB of model states of one rank, as the planner's memory model has them: what table 1 counts."""
-    tensor = sizes.Parameter("blocks.0.weight", (round(parameters / 1000), 1000), "attention")
+    # Of equal tensors none reaches into two ranks' partitions, which would hold its gradient whole.
+    shape = (2 * math.ceil(parameters / 2 / 1024), 1)
+    tensors = tuple(sizes.Parameter(f"blocks.{index}.weight", shape, "attention") for index in range(1024))
     # The paper's stage 1 holds all gradients, which DeepSpeed does where it accumulates.
     batches = 2 if stage == 1 else 1
     train = TrainConfig(global_batch=batches * ranks, micro_batch=1)
     config = Config(model=DecoderConfig(vocab_size=64, n_layers=1), engine=DeepSpeedConfig(stage=stage), train=train)
-    found = memory.estimate(config, ranks, sizes.Sizes((tensor,)), "cuda")
+    found = memory.estimate(config, ranks, sizes.Sizes(tensors), "cuda")
     moments = {moment.name: moment.parts for moment in found.moments}
     gradients = moments["backward" if stage == 1 else "end of backward"].get("gradients", 0)
     if stage == 3:

@@ -53,6 +53,7 @@ def measured(overrides: list[str], run: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cluster", type=Path, help="a file that bigtrain doctor wrote; default: measure now")
+    parser.add_argument("--only", default="", help="recipes whose name has this in it")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         cluster = arguments.cluster or Path(folder) / "here.yaml"
@@ -61,6 +62,8 @@ def main() -> None:
         errors = []
         print(f"{'':50}{'planned s':>10}{'real s':>9}{'error':>8}")
         for number, (name, own) in enumerate(RECIPES.items()):
+            if arguments.only not in name:
+                continue
             overrides = [*SHAPE, *own, *COMMON]
             planned = json.loads(bigtrain("plan", *overrides, f"cluster={cluster}", "output=json"))["step_seconds"]
             real = measured(overrides, Path(folder) / str(number))

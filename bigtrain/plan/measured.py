@@ -4,8 +4,7 @@ The resident set of a process is no measure of a model: libraries, the interpret
 in it, hundreds of MiB that differ from run to run. Here every operator's results are seen as they are made
 (`TorchDispatchMode`), and a storage's bytes count from then until its last reference goes, in whichever thread. The
 sum is exact and works for tensors without memory too. Scratch memory that an operator takes and gives back inside
-itself is not seen (0.7% of the peak in the run where the allocator's own count was compared), and gloo's thread may
-hold on to what it has sent a moment longer in one run than in another.
+itself is not seen (0.7% of the peak in the run where the allocator's own count was compared).
 """
 
 from __future__ import annotations

@@ -247,7 +247,7 @@ class _Zero:
         backward = _sum(
             kept | self.gathered(backward=True),
             {"activations": saved + again, "logits": self.largest_gradient, "temporary": found.working},
-            {"buckets": self.buckets if 0 < self.engine.stage < 3 else 0},
+            {"buckets": self.buckets if 0 < self.engine.stage < 3 else 0, "gradients": self.arriving},
         )
         moments = [Moment("loss", loss), Moment("backward", backward)]
         moments.append(Moment("end of backward", _sum(kept, self.reduced())))
@@ -255,6 +255,15 @@ class _Zero:
             moments.append(Moment("update", _sum(states, update)))
         moments.append(Moment("start", self.building(states)))
         return moments
+
+    @property
+    def arriving(self) -> int:
+        """ZeRO-2's buffer for a rank's gradients: made with the first of them, and the owner of the last layers has
+        that while all activations are still there."""
+        engine = self.engine
+        if engine.stage != 2 or engine.offload_optimizer != "none" or self.gradient_bytes != self.element:
+            return 0
+        return self.element * self.owned
 
     @property
     def largest_gradient(self) -> int:
@@ -306,10 +315,11 @@ class _Zero:
             return {"gradients": last, "gathered": self.largest_gradient}
         if stage == 2 and self.gradient_bytes != element:  # added to the accumulated ones at once
             return {"gradients": last, "buckets": self.buckets}
-        return {"gradients": element * self.owned + last, "buckets": self.buckets}
+        whole = element * self.sizes.trained if stage == 1 and not self.accumulates else 0  # it reduces at the end
+        return {"gradients": whole + element * self.owned + last, "buckets": self.buckets}
 
     def update(self) -> dict[str, int]:
-        """On top of the states: gradients, and a group's of them in fp32, flat."""
+        """On top of the states: gradients, and a group's of them in fp32, flat, or for the norm a tensor's in fp64."""
         stage, element = self.engine.stage, self.element
         shards = [self.shard(group) for group in self.groups]
         if stage == 0:
@@ -318,6 +328,9 @@ class _Zero:
         copies = largest * (4 + (self.gradient_bytes if self.gradient_bytes != 4 else 0))
         owned = self.owned if stage < 3 and self.gradient_bytes == element else sum(shards)
         held = {} if stage == 3 else {"gradients": self.gradient_bytes * owned}
+        if stage < 3:  # the norm is computed in fp64, tensor by tensor
+            tensor = max((each.count for group in self.groups for each in group.parameters), default=0)
+            copies = max(copies, 8 * min(tensor, max(shards, default=0)))
         return held | {"temporary": copies}
 
     def building(self, states: dict[str, int]) -> dict[str, int]:
