@@ -56,14 +56,16 @@ def show(sweep: Path, command: str, say: Callable[[str], None]) -> bool:
 def table(every: Sequence[Trial]) -> list[str]:
     """Aligned lines, a header first: number, what is varied, steps, time, objectives or what went wrong."""
     keys, names = _keys(every), _names(every)
-    rows = [["trial", *keys, "steps", "time", *map(_shown, names)]]
+    rows = [["trial", *keys, "steps", "time", *(map(_shown, names) if names else ["result"])]]
     for trial in every:
-        rows.append([
+        cells = [
             str(trial.number), *(trial.varied.get(key, "-") for key in keys), _text(trial.steps),
             "-" if trial.seconds is None else duration(trial.seconds), *_outcome(trial, names),
-        ])  # fmt: skip
-    wide = [max(len(row[at]) for row in rows if at < len(row) - 1 or len(row) == len(rows[0]))
-            for at in range(len(rows[0]))]  # fmt: skip
+        ]  # fmt: skip
+        rows.append(cells + [""] * (len(rows[0]) - len(cells)))
+    # What went wrong stands in the columns of the objectives and does not widen them.
+    plain = [[*row[: len(keys) + 3], *(row[len(keys) + 3 :] if row[-1] else [])] for row in rows]
+    wide = [max(len(row[at]) for row in plain if at < len(row)) for at in range(len(rows[0]))]
     return ["  " + "  ".join(cell.ljust(wide[at]) for at, cell in enumerate(row)).rstrip() for row in rows]
 
 
@@ -147,7 +149,7 @@ def _text(value: Any) -> str:
 def _outcome(trial: Trial, names: list[str]) -> list[str]:
     if trial.status != "finished":
         return [f"{trial.status}: {trial.problem}" if trial.problem else trial.status]
-    return [_value(name, trial.objectives.get(name)) for name in names]
+    return [_value(name, trial.objectives.get(name)) for name in names] or [trial.status]
 
 
 # --------------------------------------------------------------------------------------------- pictures

@@ -93,3 +93,15 @@ def test_a_recipe_composes_to_the_same_run(tmp_path: Path, overrides: list[str])
     for arguments in (overrides, ["experiment=mine", "--config-dir", str(tmp_path)]):
         compose.run([*arguments, "run_dir=r"], lambda job: found.append(checked(job.data)) or 0.0)
     assert found[0] == found[1]
+
+
+def test_a_sweep_of_failures_has_a_table_too() -> None:
+    failed = Trial(0, 0, "c", [], {"a": "1"}, "failed", problem="boom")
+    dry = replace(failed, number=1, status="finished", problem="")
+    assert [line.split() for line in results.table([failed, dry])] == [
+        ["trial", "a", "steps", "time", "result"],
+        ["0", "1", "-", "-", "failed:", "boom"],
+        ["1", "1", "-", "-", "finished"],
+    ]  # fmt: skip
+    both = replace(failed, number=2, status="finished", objectives={"eval/loss": 1.0, "time/train_seconds": 2.0})
+    assert [line.split()[-1] for line in results.table([failed, both])] == ["time/train_seconds", "boom", "2"]

@@ -74,7 +74,7 @@ def test_the_ladder_has_the_sizes_and_tokens_that_it_promises(tmp_path: Path) ->
 
 def test_slurm_is_passed_through(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.gpus_per_node=8"]
-    compose.run(["-m", "--cfg", "hydra", *arguments], lambda job: 0.0)
+    compose.run(["--cfg", "hydra", *arguments], lambda job: 0.0)
     launcher = yaml.safe_load(capsys.readouterr().out)["hydra"]["launcher"]
     assert launcher["_target_"].endswith("SlurmLauncher")
     assert (launcher["partition"], launcher["gpus_per_node"]) == ("gpu", 8)
