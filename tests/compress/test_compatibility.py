@@ -97,7 +97,8 @@ def test_every_allowed_cell_of_the_other_transforms_trains(
     chosen = {"quantize": ["compress=[qat_int4]"], "distil": ["compress=[distil]"]}[cell.transform]
     chosen += [f"compress.distil.teacher={trained_run}"] if cell.transform == "distil" else []
     bigtrain(
-        "train", *TINY, f"run_dir={run}", f"data.cache_dir={data_cache}", "train.steps=3", "train.eval_every=0",
+        "train", *TINY, f"run_dir={run}", f"data.cache_dir={data_cache}", "train.steps=4",
+        "train.stop_at=3", "train.eval_every=0",
         "engine=zero2" if engine["kind"] == "deepspeed" else "engine=accelerate", *chosen,
         *(f"engine.{key}={value}" for key, value in engine.items()), f"train.compile={str(cell.compile).lower()}",
         timeout=500,
