@@ -26,6 +26,7 @@ from bigtrain.plan.sizes import Parameter, Sizes
 
 LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered and fetches ahead (stage3_max_live_parameters)
 SUB_GROUP = 1_000_000_000  # elements of a rank that ZeRO-3 updates at a time
+NORM_PIECE = 2**20  # elements; as engine/deepspeed.py has it
 ALL_REDUCED = 500_000_000  # elements of gradients that stage 0 sends at a time
 NVME_BUFFERS, NVME_BUFFER = 5, 100_000_000  # offload_param: buffer_count, buffer_size in elements
 BLOCK_8BIT = 256  # elements that share a scale in torchao's 8-bit states
@@ -319,7 +320,7 @@ class _Zero:
         return {"gradients": whole + element * self.owned + last, "buckets": self.buckets}
 
     def update(self) -> dict[str, int]:
-        """On top of the states: gradients, and a group's of them in fp32, flat, or for the norm a tensor's in fp64."""
+        """On top of the states: gradients, and a group's of them in fp32, flat, or for the norm a piece in fp64."""
         stage, element = self.engine.stage, self.element
         shards = [self.shard(group) for group in self.groups]
         if stage == 0:
@@ -328,9 +329,9 @@ class _Zero:
         copies = largest * (4 + (self.gradient_bytes if self.gradient_bytes != 4 else 0))
         owned = self.owned if stage < 3 and self.gradient_bytes == element else sum(shards)
         held = {} if stage == 3 else {"gradients": self.gradient_bytes * owned}
-        if stage < 3:  # the norm is computed in fp64, tensor by tensor
+        if stage < 3:  # the norm is computed in fp64, piece by piece
             tensor = max((each.count for group in self.groups for each in group.parameters), default=0)
-            copies = max(copies, 8 * min(tensor, max(shards, default=0)))
+            copies = max(copies, 8 * min(tensor, max(shards, default=0), NORM_PIECE))
         return held | {"temporary": copies}
 
     def building(self, states: dict[str, int]) -> dict[str, int]:

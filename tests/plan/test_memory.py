@@ -70,3 +70,9 @@ def test_what_comes_on_top_of_the_tensors() -> None:
     needed = memory.needed(plan, device)
     assert needed["context"] == device.context_gib
     assert needed["peak"] >= plan.peak.total / 2**30 + device.context_gib
+
+
+def test_the_norm_is_of_pieces_as_large_as_the_engine_makes_them() -> None:
+    from bigtrain.engine import deepspeed
+
+    assert memory.NORM_PIECE == deepspeed.NORM_PIECE
