@@ -264,7 +264,8 @@ class _Zero:
         engine = self.engine
         if engine.stage != 2 or engine.offload_optimizer != "none" or self.gradient_bytes != self.element:
             return 0
-        return self.element * self.owned
+        fills = self.bucket < self.element * self.sizes.trained  # else all are reduced when all are there
+        return self.element * self.owned_by[-1] if fills else 0
 
     @property
     def largest_gradient(self) -> int:
@@ -283,10 +284,15 @@ class _Zero:
             return {"gradients": self.gradient_bytes * owned}
         return {"gradients": self.element * trained} | ({"buckets": self.bucket} if self.engine.stage == 1 else {})
 
-    @cached_property
+    @property
     def owned(self) -> int:
-        """Elements of all the parameters that reach into a rank's partition, whole as DeepSpeed's buffer for their
-        gradients has them, of the rank that has most: a large table counts in full on each of its ranks."""
+        """Of the rank that has most: a large table counts in full on each of its ranks."""
+        return max(self.owned_by)
+
+    @cached_property
+    def owned_by(self) -> list[int]:
+        """For each rank, elements of all the parameters that reach into its partition, whole as DeepSpeed's buffer for
+        their gradients has them."""
         change = [0] * (self.ranks + 1)
         for group in self.groups:
             shard, start = self.shard(group), 0
@@ -294,7 +300,7 @@ class _Zero:
                 change[start // shard] += each.count
                 start += each.count
                 change[(start - 1) // shard + 1] -= each.count
-        return max(accumulate(change))
+        return list(accumulate(change[: self.ranks]))
 
     def gathered(self, backward: bool) -> dict[str, int]:
         """Whole parameters of ZeRO-3 at the widest place. Each module that runs fetches another bucket ahead, until
