@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from accelerate import tracking
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker
 
 from bigtrain.config import to_dict
@@ -97,7 +99,15 @@ def _csv(info: RunInfo) -> tuple[GeneralTracker, int]:
     return tracker, -1
 
 
+class _Logger(logging.LoggerAdapter):  # type: ignore[type-arg]
+    """accelerate's own asks its global state which process this is, and there need not be any such state."""
+
+    def warning_once(self, message: str, *arguments: Any) -> None:
+        self.warning(message, *arguments)
+
+
 def _start(tracker: GeneralTracker) -> None:
+    tracking.logger = _Logger(logging.getLogger(tracking.__name__), {})
     tracker.main_process_only = False  # this is the main process already, and accelerate need not look for it
     tracker.start()
 

@@ -194,7 +194,7 @@ def test_every_way_can_be_shown_without_anything_started(tmp_path: Path, kind: s
     config = composed(
         "experiment=tiny", f"launch={kind}", f"launch.hostfile={tmp_path}/hosts", "launch.nodes=2", "launch.ranks=1",
         "launch.master_address=10.0.0.1", f"run_dir={tmp_path}/run", "launch.dry_run=true",
-        "launch.env.MY_API_KEY=secret-of-mine" if kind in ("hostfile", "slurm") else "launch.env.MINE=1",
+        "launch.env.MY_API_KEY=secret-of-mine" if kind in ("hostfile", "slurm") else "launch.env.MINE=one",
     )  # fmt: skip
     shown: list[str] = []
     train(config, shown.append, str)
