@@ -225,8 +225,10 @@ def test_a_checkpoint_is_a_reference_with_its_lineage(tmp_path: Path) -> None:
     assert json.loads(first.metadata)["goes_on_from"] is None
     assert json.loads(second.metadata)["goes_on_from"] == "step-2"
     entries = {entry.path: entry for entry in second.manifest.contents}
-    assert entries["step-4"].ref == paths[1].resolve().as_uri()  # where it lies: no byte of it is copied
-    assert set(entries) == {"step-4", "manifest.json"}
+    assert set(entries) == {"step-4/weights.bin", "step-4/manifest.json", "manifest.json"}
+    weights = entries["step-4/weights.bin"]
+    assert weights.ref == (paths[1].resolve() / "weights.bin").as_uri()  # where it lies: no byte of it is copied
+    assert not weights.local_path
 
 
 def test_alerts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
