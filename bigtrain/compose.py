@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
@@ -23,7 +23,6 @@ from bigtrain.config import (
     VOCABULARY_MULTIPLE,
     Config,
     DecoderConfig,
-    decoder_parameters,
     kinds,
     section,
     union_members,
@@ -370,11 +369,13 @@ def _register_resolvers() -> None:
 
     def steps_for(tokens_per_parameter: float, model: Any, tokenizer_vocab: int, global_batch: int) -> int:
         """Steps that see so many tokens for each parameter of a decoder. What is wrong with it the schema will say."""
+        from bigtrain.plan import sizes
+
         data = OmegaConf.to_container(model, resolve=True)
         try:
             built = section(DecoderConfig, _plain(data), "model")
             vocabulary = built.vocab_size or math.ceil(tokenizer_vocab / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-            tokens = tokens_per_parameter * decoder_parameters(built, vocabulary)
+            tokens = tokens_per_parameter * sizes.of_model(replace(built, vocab_size=vocabulary)).total
             return max(1, round(tokens / (global_batch * built.max_seq_len)))
         except (ConfigError, TypeError, ZeroDivisionError):
             return 1

@@ -754,19 +754,6 @@ def fingerprint(config: Config) -> str:
 VOCABULARY_MULTIPLE = 64  # matrix kernels like it; the extra rows are never a target
 
 
-def decoder_parameters(model: DecoderConfig, vocab_size: int) -> int:
-    """Parameters of a causal Transformer, embeddings and norms counted, tied weights once."""
-    dim, norm = model.dim, model.dim * (2 if model.norm == "layernorm" and model.bias else 1)
-    ffn_dim = model.ffn_dim or 4 * dim
-    keys = dim // model.n_heads * (model.n_kv_heads or model.n_heads)  # width of keys, and of values
-    up = 2 * ffn_dim if model.activation == "swiglu" else ffn_dim
-    weights = dim * (dim + 2 * keys) + dim * dim + dim * up + ffn_dim * dim
-    biases = (dim + 2 * keys) + dim + up + dim if model.bias else 0
-    tables = vocab_size * dim * (1 if model.tie_embeddings else 2)
-    tables += model.max_seq_len * dim if model.positions == "learned" else 0
-    return tables + model.n_layers * (weights + biases + 2 * norm) + norm
-
-
 def objective_names(objective: str | list[str]) -> list[str]:
     """The names in train.objective, a list or a text with commas; the first is what a checkpoint is judged by."""
     names = objective.split(",") if isinstance(objective, str) else objective

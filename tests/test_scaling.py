@@ -11,9 +11,8 @@ from click.testing import CliRunner
 
 from bigtrain import scaling
 from bigtrain.cli import command
-from bigtrain.config import Config, DecoderConfig, decoder_parameters, dump
+from bigtrain.config import Config, dump
 from bigtrain.errors import BigtrainError, ConfigError
-from bigtrain.models.decoder import Decoder
 from bigtrain.scaling import Law, Point
 
 # What Hoffmann et al. found (arXiv 2203.15556, equation 10), and a law as steep as small models show.
@@ -76,20 +75,6 @@ def test_points_that_cannot_tell_are_refused() -> None:
     one_ratio = [Point(n, 20 * n, 3.0) for n in (1e5, 2e5, 4e5, 8e5, 1e6, 2e6)]
     with pytest.raises(BigtrainError, match=r"at 1$"):
         scaling.fit(one_ratio)
-
-
-@pytest.mark.parametrize(
-    "model",
-    [
-        DecoderConfig(dim=64, n_layers=2, n_heads=2, max_seq_len=32, vocab_size=320),
-        DecoderConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, positions="rotary", norm="rmsnorm", bias=False,
-                      activation="swiglu", ffn_dim=96, tie_embeddings=False, max_seq_len=32, vocab_size=320),
-        DecoderConfig(dim=32, n_layers=1, n_heads=2, bias=False, max_seq_len=32, vocab_size=320),
-    ],
-)  # fmt: skip
-def test_parameters_are_counted_as_the_model_has_them(model: DecoderConfig) -> None:
-    counted = sum(parameter.numel() for parameter in Decoder(model).parameters())
-    assert decoder_parameters(model, 320) == counted
 
 
 def write_runs(folder: Path, prepared: str = "abc") -> None:

@@ -20,6 +20,7 @@ from bigtrain.config import (
     MaskedLMConfig,
     OurModelConfig,
     Seq2SeqConfig,
+    head_dim,
 )
 
 SHORT = 256  # keys up to which an encoder's attention on a CPU keeps its scores (models/cpu_kernels.py)
@@ -123,10 +124,10 @@ def _block(model: OurModelConfig, setting: Setting, causal: bool) -> int:
 
 def _attention(model: OurModelConfig, setting: Setting, causal: bool) -> int:
     """From the projection of queries, keys and values to the input of the output projection."""
-    tokens, element, dim = setting.tokens, setting.element_bytes, model.dim
-    head_dim = dim // model.n_heads
+    tokens, element, head_size = setting.tokens, setting.element_bytes, head_dim(model)
+    dim = model.n_heads * head_size  # of all queries
     kv_heads = (isinstance(model, DecoderConfig) and model.n_kv_heads) or model.n_heads
-    kv_dim, grouped = kv_heads * head_dim, kv_heads != model.n_heads
+    kv_dim, grouped = kv_heads * head_size, kv_heads != model.n_heads
     rotary = getattr(model, "positions", "") == "rotary"
     scores = tokens * setting.length * model.n_heads
     output = tokens * dim * element
@@ -138,7 +139,7 @@ def _attention(model: OurModelConfig, setting: Setting, causal: bool) -> int:
     qkv = tokens * (dim + 2 * kv_dim) * element  # as one tensor, of which q, k, v are views
     if rotary:
         qkv += tokens * (dim + kv_dim) * element  # q and k turned
-    if setting.own_kernels and causal and not masked and grouped and head_dim in (16, 64, 256):
+    if setting.own_kernels and causal and not masked and grouped and head_size in (16, 64, 256):
         repeated = 2 * tokens * dim * element  # keys and values for every head
         qkv = repeated + (tokens * dim * element if rotary else qkv)  # without views the projection can go
     mask = 0
@@ -180,7 +181,7 @@ def _rest(model: OurModelConfig, setting: Setting) -> int:
         rest += _norm(model, setting) if model.norm_first else 0
         rest += 8 * tokens if model.token_types else 0
     if model.positions == "rotary":
-        rest += 2 * setting.length * (model.dim // model.n_heads) * setting.element_bytes  # cos and sin
+        rest += 2 * setting.length * head_dim(model) * setting.element_bytes  # cos and sin
     else:
         rest += 8 * setting.length
     return rest

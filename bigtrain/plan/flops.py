@@ -24,6 +24,7 @@ from bigtrain.config import (
     OurModelConfig,
     PretrainedConfig,
     Seq2SeqConfig,
+    head_dim,
 )
 from bigtrain.errors import ConfigError
 
@@ -124,13 +125,13 @@ def operations(config: Config, sequences: int) -> Operations:
 
 
 def _matmuls(config: Config, model: OurModelConfig, sequences: int, length: int) -> Iterator[Matmul]:
-    rows, dim, head_dim = sequences * length, model.dim, model.dim // model.n_heads
+    rows, dim, head_size = sequences * length, model.dim, head_dim(model)
     assert model.vocab_size is not None
     kv_heads = (isinstance(model, DecoderConfig) and model.n_kv_heads) or model.n_heads
     layers = model.n_layers + (model.n_decoder_layers if isinstance(model, Seq2SeqConfig) else 0)
     ffn_dim = model.ffn_dim or 4 * dim
-    yield Matmul("attention", rows, dim, (model.n_heads + 2 * kv_heads) * head_dim, layers)
-    yield Matmul("attention", rows, dim, dim, layers)
+    yield Matmul("attention", rows, dim, (model.n_heads + 2 * kv_heads) * head_size, layers)
+    yield Matmul("attention", rows, model.n_heads * head_size, dim, layers)
     yield Matmul("feed_forward", rows, dim, ffn_dim * (2 if model.activation in GATED else 1), layers)
     norm_first = not isinstance(model, EncoderConfig) or model.norm_first
     yield Matmul("feed_forward", rows, ffn_dim, dim, layers, again=not norm_first or model.dropout > 0)
@@ -151,11 +152,11 @@ def _matmuls(config: Config, model: OurModelConfig, sequences: int, length: int)
 
 
 def _scores(model: OurModelConfig, sequences: int, length: int) -> Iterator[Scores]:
-    head_dim, causal = model.dim // model.n_heads, isinstance(model, DecoderConfig)
-    yield Scores(sequences, model.n_heads, length, length, head_dim, causal, model.n_layers)
+    size, causal = head_dim(model), isinstance(model, DecoderConfig)
+    yield Scores(sequences, model.n_heads, length, length, size, causal, model.n_layers)
     if isinstance(model, Seq2SeqConfig):
-        yield Scores(sequences, model.n_heads, length, length, head_dim, True, model.n_decoder_layers)
-        yield Scores(sequences, model.n_heads, length, length, head_dim, False, model.n_decoder_layers)
+        yield Scores(sequences, model.n_heads, length, length, size, True, model.n_decoder_layers)
+        yield Scores(sequences, model.n_heads, length, length, size, False, model.n_decoder_layers)
 
 
 FLASH_BACKWARD = 2.5  # of the forward: five matmuls (scores again, dV, dP, dQ, dK) against two (arXiv 2205.14135)

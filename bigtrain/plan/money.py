@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bigtrain.config import Config, DecoderConfig, Seq2SeqConfig
+from bigtrain.config import Config, DecoderConfig, Seq2SeqConfig, head_dim
 from bigtrain.errors import ConfigError
 from bigtrain.plan import flops
 from bigtrain.plan.clusters import Cluster
@@ -110,8 +110,7 @@ def inference(
     prompt = length // 2 if prompt is None else prompt
     kv_heads = (isinstance(model, DecoderConfig) and model.n_kv_heads) or model.n_heads
     layers = model.n_layers + 2 * getattr(model, "n_decoder_layers", 0)
-    head_dim = model.dim // model.n_heads
-    cache_per_token = 2 * 2 * layers * kv_heads * head_dim
+    cache_per_token = 2 * 2 * layers * kv_heads * head_dim(model)
     weights, cache = 2.0 * parameters, float(batch * length * cache_per_token)
     room = (device.memory_gib - device.context_gib) * GIB
     devices = max(1, -int(-(weights + cache) // room))

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import yaml
 
 from bigtrain import checks
-from bigtrain.config import Config, DecoderConfig, DeepSpeedConfig, accumulation_steps, micro_batch
+from bigtrain.config import Config, DecoderConfig, DeepSpeedConfig, accumulation_steps, head_dim, micro_batch
 from bigtrain.errors import ConfigError
 from bigtrain.plan import flops, memory, money, step_time
 from bigtrain.plan import sizes as parameter_sizes
@@ -323,12 +323,12 @@ def shaped_like(config: Config, dim: int) -> Config:
     model = config.model
     if not isinstance(model, DecoderConfig):
         raise ConfigError("model.kind", model.kind, "only decoders are scaled")
-    head_dim = model.dim // model.n_heads
-    heads = max(1, round(dim / head_dim))
+    head_size = head_dim(model)
+    heads = max(1, round(dim / head_size))
     groups = model.n_heads // (model.n_kv_heads or model.n_heads)
     if groups > 1:
         heads = max(groups, heads // groups * groups)
-    wide = heads * head_dim
+    wide = heads * head_size
     ratio = (model.ffn_dim or 4 * model.dim) / model.dim
     scaled = replace(
         model,

@@ -19,6 +19,7 @@ from bigtrain.config import (
     MaskedLMConfig,
     OurModelConfig,
     Seq2SeqConfig,
+    head_dim,
 )
 from bigtrain.errors import ConfigError
 
@@ -151,14 +152,14 @@ def _seq2seq(config: Seq2SeqConfig) -> Iterator[Parameter]:
 
 def _block(config: OurModelConfig, name: str, n_kv_heads: int, normed: bool = False) -> Iterator[Parameter]:
     """normed: its input is normalised already, so that it has no first norm (layers.Block)."""
-    dim, head_dim = config.dim, config.dim // config.n_heads
+    dim, head_size = config.dim, head_dim(config)
     ffn_dim = config.ffn_dim or 4 * dim
     rows = 2 * ffn_dim if config.activation in ("swiglu", "geglu") else ffn_dim
     if not normed:
         yield from _norm(config, f"{name}.attention_norm")
     heads = config.n_heads + 2 * n_kv_heads
-    yield from _linear(f"{name}.attention.qkv", dim, heads * head_dim, config.bias, "attention")
-    yield from _linear(f"{name}.attention.out", dim, dim, config.bias, "attention")
+    yield from _linear(f"{name}.attention.qkv", dim, heads * head_size, config.bias, "attention")
+    yield from _linear(f"{name}.attention.out", config.n_heads * head_size, dim, config.bias, "attention")
     yield from _norm(config, f"{name}.feed_forward_norm")
     yield from _linear(f"{name}.feed_forward.up", dim, rows, config.bias, "feed_forward")
     yield from _linear(f"{name}.feed_forward.down", ffn_dim, dim, config.bias, "feed_forward")

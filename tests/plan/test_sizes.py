@@ -101,3 +101,11 @@ def test_the_vocabulary_is_the_tokenizers_rounded_as_train_rounds_it() -> None:
     assert sizes.with_vocabulary(config).model.vocab_size == 1024
     with pytest.raises(ConfigError, match="only the built-in architectures"):
         sizes.with_vocabulary(from_dict({"model": {"kind": "hf"}}))
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_heads_of_a_size_of_their_own(kind: str) -> None:
+    shape = {"kind": kind, "dim": 64, "n_heads": 6, "head_dim": 8, "n_layers": 2, "vocab_size": 100}
+    task = {"kind": "causal_lm" if kind == "decoder" else "tagging"}
+    config = from_dict({"model": shape, "task": task, "data": {"kind": "stdlib" if kind == "decoder" else "labelled"}})
+    assert counted(config) == names_and_shapes(built(config))

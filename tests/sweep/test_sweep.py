@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import pytest
 import yaml
 
 from bigtrain import compose, runs
-from bigtrain.config import DecoderConfig, decoder_parameters
+from bigtrain.config import DecoderConfig
 from bigtrain.launch.train import checked
+from bigtrain.plan import sizes as planned
 from bigtrain.sweep import trials
 from tests.runs import TINY, bigtrain, command, result
 
@@ -61,7 +63,7 @@ def test_the_ladder_has_the_sizes_and_tokens_that_it_promises(tmp_path: Path) ->
         config = checked(job.data)
         assert config.train.tokens_per_parameter is not None
         assert isinstance(config.model, DecoderConfig)
-        parameters = decoder_parameters(config.model, 1024)
+        parameters = planned.of_model(replace(config.model, vocab_size=1024)).total
         tokens = config.train.steps * config.train.global_batch * config.model.max_seq_len
         assert tokens / parameters == pytest.approx(config.train.tokens_per_parameter, rel=0.03)
         sizes.add(parameters)
