@@ -23,6 +23,7 @@ from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.files import write_atomic
 from bigtrain.hooks.console import count
 from bigtrain.launch.run_dir import read_result
+from bigtrain.law import Law
 
 HUBER = 1e-3  # the paper's delta
 STARTS = tuple(itertools.product((0, 5, 10, 15, 20), (0, 5, 10, 15, 20), (-1, 0, 1), (0.2, 0.5, 1.0), (0.2, 0.5, 1.0)))
@@ -46,24 +47,6 @@ class Point:
     @property
     def ratio(self) -> float:
         return self.tokens / self.parameters
-
-
-@dataclass(frozen=True)
-class Law:
-    E: float
-    A: float
-    a: float
-    B: float
-    b: float
-
-    def loss(self, parameters: float, tokens: float) -> float:
-        return float(self.E + self.A / parameters**self.a + self.B / tokens**self.b)
-
-    def best_split(self, flops: float) -> tuple[float, float]:
-        """Parameters and tokens of the lowest loss for 6 N D = `flops` (the paper's equation 4)."""
-        share = (self.a * self.A / (self.b * self.B)) ** (1 / (self.a + self.b))
-        parameters = share * (flops / 6) ** (self.b / (self.a + self.b))
-        return parameters, flops / 6 / parameters
 
 
 @dataclass(frozen=True)

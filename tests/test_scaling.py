@@ -13,7 +13,8 @@ from bigtrain import scaling
 from bigtrain.cli import command
 from bigtrain.config import Config, dump
 from bigtrain.errors import BigtrainError, ConfigError
-from bigtrain.scaling import Law, Point
+from bigtrain.law import Law
+from bigtrain.scaling import Point
 
 # What Hoffmann et al. found (arXiv 2203.15556, equation 10), and a law as steep as small models show.
 CHINCHILLA = Law(E=1.69, A=406.4, a=0.34, B=410.7, b=0.28)

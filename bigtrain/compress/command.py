@@ -15,7 +15,7 @@ from bigtrain import config as schema
 from bigtrain import evaluate, tasks
 from bigtrain.checkpoint import inference, newest
 from bigtrain.compress import model_directory, oneshot, quantize, recipe, structure
-from bigtrain.compress.page import write_page
+from bigtrain.compress.page import cells, write_page
 from bigtrain.compress.recipe import Recipe
 from bigtrain.compress.timer import Timer
 from bigtrain.compress_config import CompressConfig, DistilConfig, PruneConfig, QuantizeConfig
@@ -262,18 +262,9 @@ def table(rows: list[dict[str, Any]], head: bool) -> str:
         names = [rows[0]["quality_name"].removeprefix("eval/") if name == "quality" else name for name in COLUMNS]
         lines.append(f"{'recipe':{WIDTH}s}" + "".join(f"{name:>{max(12, len(name) + 2)}s}" for name in names))
     for row in rows:
-        cells = (
-            f"{row['parameters']:,}",
-            f"{row['nonzeros']:,}",
-            "-" if row["disk_bytes"] is None else f"{row['disk_bytes'] / 1e6:.2f}",
-            f"{row['metrics'].get('eval/loss', float('nan')):.4f}",
-            f"{row['quality']:.4f}",
-            f"{row['batch_1_seconds'] * 1e3:.2f}",
-            f"{row['batch_32_seconds'] * 1e3:.2f}",
-            f"{row['batch_1_joules'] * 1e3:.1f}",
-            f"{row['batch_32_joules'] * 1e3:.1f}",
-        )
         names = [row["quality_name"].removeprefix("eval/") if name == "quality" else name for name in COLUMNS]
         widths = [max(12, len(name) + 2) for name in names]
-        lines.append(f"{row['recipe']:{WIDTH}s}" + "".join(f"{c:>{w}s}" for c, w in zip(cells, widths, strict=True)))
+        lines.append(
+            f"{row['recipe']:{WIDTH}s}" + "".join(f"{c:>{w}s}" for c, w in zip(cells(row), widths, strict=True))
+        )
     return "\n".join(lines)

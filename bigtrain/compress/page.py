@@ -62,7 +62,7 @@ def render(found: dict[str, Any], png: bytes) -> str:
     )  # fmt: skip
     body = "".join(
         f'<tr><th scope="row">{escape(row["recipe"])}</th>'
-        + "".join(f"<td>{cell}</td>" for cell in _cells(row))
+        + "".join(f"<td>{cell}</td>" for cell in cells(row))
         + "</tr>"
         for row in found["rows"]
     )
@@ -84,7 +84,7 @@ def render(found: dict[str, Any], png: bytes) -> str:
     )
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
     stored = row["disk_bytes"]
     return (
         f"{row['parameters']:,}",

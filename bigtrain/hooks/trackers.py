@@ -17,6 +17,7 @@ from typing import Any
 from accelerate import tracking
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker
 
+from bigtrain.checkpoint.changes import flatten
 from bigtrain.config import to_dict
 from bigtrain.files import write_atomic
 from bigtrain.hooks.base import Hook, Metrics, RunInfo
@@ -82,7 +83,7 @@ class TrackersHook(Hook):
             history = mlflow.MlflowClient().get_metric_history(known, "train/loss")
             last = max((point.step for point in history), default=-1)
         else:
-            tracker.store_init_configuration(_flat(redact(to_dict(info.config), info.config.launch.env)))
+            tracker.store_init_configuration(flatten(redact(to_dict(info.config), info.config.launch.env)))
         return tracker, last
 
 
@@ -110,16 +111,6 @@ def _start(tracker: GeneralTracker) -> None:
     tracking.logger = _Logger(logging.getLogger(tracking.__name__), {})
     tracker.main_process_only = False  # this is the main process already, and accelerate need not look for it
     tracker.start()
-
-
-def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 class CsvTracker(GeneralTracker):

@@ -9,11 +9,12 @@ from typing import Any
 
 from bigtrain.config import Config, Seq2SeqConfig
 from bigtrain.errors import ConfigError
+from bigtrain.law import Law
 from bigtrain.plan import flops, money, recommend, simulate, step_time
 from bigtrain.plan import sizes as parameter_sizes
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.options import Options
-from bigtrain.plan.recommend import Candidate, Law, Optimum, Recommendation
+from bigtrain.plan.recommend import Candidate, Optimum, Recommendation
 
 
 @dataclass

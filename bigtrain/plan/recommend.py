@@ -20,6 +20,7 @@ import yaml
 from bigtrain import checks
 from bigtrain.config import Config, DecoderConfig, DeepSpeedConfig, accumulation_steps, head_dim, micro_batch
 from bigtrain.errors import ConfigError
+from bigtrain.law import Law
 from bigtrain.plan import flops, memory, money, step_time
 from bigtrain.plan import sizes as parameter_sizes
 from bigtrain.plan.clusters import Cluster
@@ -395,21 +396,6 @@ def largest_model(config: Config, cluster: Cluster) -> Candidate:
     return best
 
 
-@dataclass(frozen=True)
-class Law:
-    """loss = E + A / N^a + B / D^b: N parameters, D tokens (Chinchilla, arXiv 2203.15556, equation 2)."""
-
-    E: float
-    A: float
-    a: float
-    B: float
-    b: float
-
-    def loss(self, parameters: float, tokens: float) -> float:
-        """Nats per token."""
-        return self.E + self.A / parameters**self.a + self.B / tokens**self.b
-
-
 # Approach 3 as Epoch AI corrected it (arXiv 2404.10102, section 3). Standard error of both exponents: 0.02.
 CHINCHILLA = Law(E=1.8172, A=482.01, a=0.3478, B=2085.43, b=0.3658)
 EXPONENT_ERROR = 0.02
@@ -436,10 +422,7 @@ def compute_optimal(budget_flops: float, law: Law = CHINCHILLA) -> Optimum:
     """
     if not budget_flops > 0:
         raise ConfigError("budget", budget_flops, "must be above 0")
-    factor = (law.a * law.A / (law.b * law.B)) ** (1 / (law.a + law.b))
-    power = law.b / (law.a + law.b)
-    parameters = factor * (budget_flops / 6) ** power
-    tokens = budget_flops / 6 / parameters
+    parameters, tokens = law.best_split(budget_flops)
     error = EXPONENT_ERROR * math.hypot(law.a, law.b) / (law.a + law.b) ** 2
     spread = max(budget_flops / FITTED_FLOPS, FITTED_FLOPS / budget_flops) ** error
     return Optimum(
