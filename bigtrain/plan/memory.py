@@ -25,7 +25,7 @@ from bigtrain.plan.result import GIB
 from bigtrain.plan.sizes import Parameter, Sizes
 
 LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered and fetches ahead (stage3_max_live_parameters)
-SUB_GROUP = 1_000_000_000  # elements of a rank that ZeRO-3 updates at a time
+SUB_GROUP = 1_000_000_000  # elements of a rank that ZeRO-3 updates at a time (sub_group_size)
 NORM_PIECE = 2**20  # elements; as engine/deepspeed.py has it
 ALL_REDUCED = 500_000_000  # elements of gradients that stage 0 sends at a time
 NVME_BUFFERS, NVME_BUFFER = 5, 100_000_000  # offload_param: buffer_count, buffer_size in elements
@@ -149,6 +149,18 @@ class _Zero:
     element: int
     device: Device
 
+    def option(self, name: str, ours: int) -> int:
+        """Of ds_config's zero_optimization: what the user passes through in engine.deepspeed, else ours."""
+        return int(self.engine.deepspeed.get("zero_optimization", {}).get(name, ours))
+
+    @property
+    def sub_group(self) -> int:
+        return self.option("sub_group_size", SUB_GROUP)
+
+    @property
+    def live(self) -> int:
+        return self.option("stage3_max_live_parameters", LIVE)
+
     def memory(self) -> Memory:
         engine = self.engine
         states, host, disk = self.states(), 0, 0
@@ -161,7 +173,7 @@ class _Zero:
             host += self.element * shard if engine.stage < 3 else 0  # updated weights on their way back
             if engine.offload_optimizer == "nvme":
                 disk += moved + 4 * shard
-                host += 4 * 4 * min(shard, SUB_GROUP) + gradients - 4 * shard  # buffer_count buffers
+                host += 4 * 4 * min(shard, self.sub_group) + gradients - 4 * shard  # buffer_count buffers
             else:
                 host += moved + gradients
             update = {}
@@ -308,7 +320,7 @@ class _Zero:
         if self.engine.stage != 3:
             return {}
         largest = max((each.count for each in self.sizes.parameters), default=0)
-        return {"gathered": self.element * min(self.sizes.total, LIVE + (largest if backward else 0))}
+        return {"gathered": self.element * min(self.sizes.total, self.live + (largest if backward else 0))}
 
     def reduced(self) -> dict[str, int]:
         """When the last gradient, that of the embedding, has come."""
@@ -331,7 +343,7 @@ class _Zero:
         shards = [self.shard(group) for group in self.groups]
         if stage == 0:
             return {"gradients": element * self.sizes.trained, "temporary": 4 * self.sizes.trained * (element == 2)}
-        largest = min(max(shards, default=0), SUB_GROUP)
+        largest = min(max(shards, default=0), self.sub_group)
         copies = largest * (4 + (self.gradient_bytes if self.gradient_bytes != 4 else 0))
         owned = self.owned if stage < 3 and self.gradient_bytes == element else sum(shards)
         held = {} if stage == 3 else {"gradients": self.gradient_bytes * owned}

@@ -111,7 +111,7 @@ def test_recipes_as_they_are_typed() -> None:
     ("text", "message"),
     [
         ("hads=1", "'hads=1' is no step; did you mean heads?"),
-        ("smaller", f"'smaller' is no step; steps are {recipe.EXAMPLES}"),
+        ("smaller", f"'smaller' is no step; steps are {recipe.EXAMPLES}, joined by +"),
         ("heads=few", "heads=few is no number"),
         ("magnitude=1", "magnitude=1: sparsity must be at least 0 and below 1"),
         ("magnitude=0.5+wanda=0.5", "has prune twice"),

@@ -146,6 +146,7 @@ def test_a_classifier_as_a_graph(tmp_path: Path) -> None:
     assert sorted(path.name for path in small.glob("*onnx*")) == ["model.onnx"]
 
 
+@pytest.mark.soak  # llm-compressor holds transformers below ours: it runs in an environment of its own
 def test_gptq(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("llmcompressor")
     run, _ = decoder_run(tmp_path / "run", LLAMA)

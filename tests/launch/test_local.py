@@ -190,7 +190,7 @@ def test_a_killed_rank_ends_the_run_with_one_line(command: Command, tmp_path: Pa
     assert code == 1
     assert error.count("\n") == 1
     assert re.match(r"bigtrain: error: rank 1 was killed( by SIGKILL)? after step \d+ .*logs/rank-1.log", error), error
-    assert not psutil.wait_procs(list(others.values()), timeout=1)[1]
+    assert not psutil.wait_procs(list(others.values()), timeout=10)[1]  # init may take its time to reap what is dead
 
 
 @pytest.mark.parametrize("victim", ["the command", "the launcher"])
