@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bigtrain.batch import Batch, LossSums
-from bigtrain.config import Config, DeepSpeedConfig, HuggingFaceConfig, MuonConfig, accumulation_steps, micro_batch
+from bigtrain.config import Config, DeepSpeedConfig, MuonConfig, accumulation_steps, micro_batch
 from bigtrain.engine import lean, optimizers, shards, unpickling
 from bigtrain.engine.base import LossFunction, StepOutcome, T, Write
 from bigtrain.engine.snapshot import snapshot
@@ -161,8 +162,8 @@ class DeepSpeedEngine:
         settings = ds_config(config, self.world_size, device.type)
 
         born_sharded = self.stage == 3 and config.engine.zero_init
-        if born_sharded and isinstance(config.model, HuggingFaceConfig):
-            import transformers.modeling_utils  # noqa: F401  # while zero.Init lasts, torch._dynamo, which it brings, fails
+        if born_sharded:  # transformers and torchao bring torch._dynamo, which cannot be imported while zero.Init lasts
+            importlib.import_module("torch._dynamo")
         with deepspeed.zero.Init(config_dict_or_path=settings) if born_sharded else contextlib.nullcontext():
             model = build_model()
         offloaded = config.engine.offload_optimizer != "none"
