@@ -58,6 +58,8 @@ def run_rank(name: str, dtype: str, output: Path) -> None:
     gradients = {key: safe_get_full_grad(parameter) for key, parameter in model.named_parameters()}
     if int(os.environ["RANK"]) == 0:
         torch.save({"weights": weights, "loss": loss.detach(), "gradients": gradients}, output)
+    torch.distributed.barrier()  # or a rank that is still in its last collective would lose its peer
+    os._exit(0)  # as bigtrain's own ranks end
 
 
 @pytest.mark.parametrize(
