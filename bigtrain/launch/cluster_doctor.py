@@ -106,11 +106,8 @@ def _results(pair: Sequence[Node], there: Sequence[Node]) -> dict[str, float]:
     limit = time.monotonic() + bandwidth.TIMEOUT_SECONDS
     found: dict[str, float] = {}
     for node in pair:
-        while (answer := node.answer("bandwidth_done", 0.5)) is None:
-            for each in there:
-                each.ping()
-            if node.closed or time.monotonic() > limit:
-                raise BigtrainError(f"no result from {node.host}")
+        if (answer := nodes.answer_of(node, "bandwidth_done", there, limit)) is None:
+            raise BigtrainError(f"no result from {node.host}")
         if "error" in answer:
             raise BigtrainError(f"{node.host}: {answer['error']}")
         found = answer

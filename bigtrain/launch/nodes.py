@@ -181,12 +181,20 @@ def ask(nodes: Sequence[Node], order: str, each: Callable[[Node], dict[str, Any]
     limit = time.monotonic() + ANSWER_SECONDS
     answers = []
     for node in nodes:
-        while (answer := node.answer(order, 0.5)) is None:
-            for other in nodes:
-                other.ping()
-            if node.closed or time.monotonic() > limit:
-                raise BigtrainError(f"host {node.host}: {node.problem()}")
+        if (answer := answer_of(node, order, nodes, limit)) is None:
+            raise BigtrainError(f"host {node.host}: {node.problem()}")
         if "error" in answer:
             raise BigtrainError(f"host {node.host}: {answer['error']}")
         answers.append(answer)
     return answers
+
+
+def answer_of(node: Node, name: str, alive: Sequence[Node], limit: float) -> dict[str, Any] | None:
+    """The node's answer of that name, with all of `alive` kept alive meanwhile; None if the connection has ended or
+    `limit`, on the monotonic clock, is over."""
+    while (answer := node.answer(name, 0.5)) is None:
+        for each in alive:
+            each.ping()
+        if node.closed or time.monotonic() > limit:
+            return None
+    return answer

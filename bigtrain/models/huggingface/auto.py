@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from bigtrain.batch import IGNORED
 from bigtrain.config import HuggingFaceConfig
 from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.models.huggingface.configs import read_values
 from bigtrain.models.huggingface.importing import open_weights
 from bigtrain.models.network import Network
 
@@ -50,13 +51,7 @@ def read_config(directory: Path, task: str, pretrained: bool = True, key: str = 
     Raises ConfigError for a directory without a config.json that transformers understands, an architecture that it has
     no class for or none for the task, quantized or pickled weights; BigtrainError where there are no weights.
     """
-    try:
-        values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        kind = values.get("model_type")
-    except FileNotFoundError:
-        raise ConfigError(key, str(directory), "no config.json there", "name a Hugging Face directory") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(key, str(directory), f"its config.json cannot be read ({error})") from None
+    values, kind = read_values(directory, key)
     if values.get("quantization_config") is not None:
         raise ConfigError(key, str(directory), "its weights are quantized", "take the original ones")
     if kind not in transformers.CONFIG_MAPPING:

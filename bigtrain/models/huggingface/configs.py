@@ -24,6 +24,17 @@ GELU: dict[str, Gelu] = {
 }
 
 
+def read_values(directory: Path, key: str) -> tuple[dict[str, Any], Any]:
+    """What config.json says, and its model_type. Raises ConfigError, naming `key`, where there is none to read."""
+    try:
+        values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        return values, values.get("model_type")
+    except FileNotFoundError:
+        raise ConfigError(key, str(directory), "no config.json there", "name a Hugging Face directory") from None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(key, str(directory), f"its config.json cannot be read ({error})") from None
+
+
 def read_config(directory: Path, key: str = "init_from") -> OurModelConfig:
     """The config of the model in a Hugging Face directory; `key` is what errors name.
 
@@ -31,13 +42,7 @@ def read_config(directory: Path, key: str = "init_from") -> OurModelConfig:
     config.json or with pickled weights only, an architecture that is not ours, or a setting that we cannot express;
     BigtrainError where there are no weights.
     """
-    try:
-        values = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        kind = values.get("model_type")
-    except FileNotFoundError:
-        raise ConfigError(key, str(directory), "no config.json there", "name a Hugging Face directory") from None
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(key, str(directory), f"its config.json cannot be read ({error})") from None
+    values, kind = read_values(directory, key)
     if kind not in _READERS:
         raise ConfigError(key, str(directory), f"its model_type is {kind}", f"one of {', '.join(_READERS)} is wanted")
 
