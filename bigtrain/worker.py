@@ -47,6 +47,7 @@ def main() -> None:
     arguments = parser.parse_args()
     run_dir, rank = arguments.config.resolve().parent, int(os.environ["RANK"])
     end_with_parent()
+    os.environ.pop("WANDB_SERVICE", None)  # wandb's process of whoever started the run: it may end before the run does
     terminal = redirect_output(run_dir, rank)
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

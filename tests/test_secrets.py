@@ -47,6 +47,7 @@ def test_no_output_shows_a_secret(
     for name, value in VARIABLES.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SERVICE", f"3-1-unix-{tmp_path}/none")  # as a process has it that used wandb itself
     run = tmp_path / "run"
     shared = [*TINY, f"data.cache_dir={data_cache}", f"run_dir={run}", "launch.ranks=1", "logger.wandb.enabled=true",
               "train.eval_every=0", *PLANTED]  # fmt: skip
