@@ -16,22 +16,35 @@ import tempfile
 from pathlib import Path
 
 STEPS, WARM = 14, 4
-SHAPE = ["model=gpt_mini", "data.tokenizer.vocab_size=4096", "logger.progress=false"]
+GPT = ["model=gpt_mini", "model.dim=512", "model.n_layers=6", "model.n_heads=8"]
+SMALL = ["model=gpt_mini", "model.dim=256", "model.n_layers=4", "model.n_heads=4"]
+LLAMA = [
+    "model=llama_1b",
+    "model.dim=512",
+    "model.n_layers=6",
+    "model.n_heads=8",
+    "model.n_kv_heads=4",
+    "model.ffn_dim=1408",
+]
+BERT = ["model=bert_tiny", "model.dim=256", "model.n_layers=4", "model.n_heads=4", "task=masked_lm"]
 RECIPES = {
-    "GPT 256 x 4, T 256, ZeRO-2, bf16": ["model.dim=256", "model.n_layers=4", "model.n_heads=4", "engine=zero2"],
-    "GPT 256 x 4, T 256, ZeRO-2, fp32": [
-        "model.dim=256", "model.n_layers=4", "model.n_heads=4", "engine=zero2", "train.precision=fp32",
-    ],
-    "GPT 512 x 6, T 256, ZeRO-1, bf16": ["model.dim=512", "model.n_layers=6", "model.n_heads=8", "engine=zero1"],
-    "GPT 512 x 6, T 256, ZeRO-3, bf16": ["model.dim=512", "model.n_layers=6", "model.n_heads=8", "engine=zero3"],
-    "GPT 512 x 6, T 256, ZeRO-2, bf16, checkpointing": [
-        "model.dim=512", "model.n_layers=6", "model.n_heads=8", "engine=zero2", "train.activation_checkpointing=true",
-    ],
-    "GPT 512 x 6, T 256, ZeRO-2, bf16, accumulation": [
-        "model.dim=512", "model.n_layers=6", "model.n_heads=8", "engine=zero2", "train.micro_batch=2",
-    ],
-}  # fmt: skip
-COMMON = ["model.max_seq_len=256", "train.global_batch=16", f"train.steps={STEPS}", "train.eval_batches=1"]
+    "GPT 256 x 4, ZeRO-2, bf16": [*SMALL, "engine=zero2"],
+    "GPT 256 x 4, ZeRO-2, fp32": [*SMALL, "engine=zero2", "train.precision=fp32"],
+    "GPT 512 x 6, ZeRO-0, bf16": [*GPT, "engine=zero0"],
+    "GPT 512 x 6, ZeRO-1, bf16": [*GPT, "engine=zero1"],
+    "GPT 512 x 6, ZeRO-3, bf16": [*GPT, "engine=zero3"],
+    "GPT 512 x 6, ZeRO-2, bf16, checkpointing": [*GPT, "engine=zero2", "train.activation_checkpointing=true"],
+    "GPT 512 x 6, ZeRO-2, bf16, accumulation": [*GPT, "engine=zero2", "train.micro_batch=2"],
+    "Llama 512 x 6, ZeRO-2, bf16": [*LLAMA, "engine=zero2"],
+    "Llama 512 x 6, ZeRO-3, fp32": [*LLAMA, "engine=zero3", "train.precision=fp32", "train.global_batch=8"],
+    "BERT 256 x 4, ZeRO-1, fp32": [*BERT, "engine=zero1", "train.precision=fp32"],
+    "BERT 256 x 4, ZeRO-2, bf16": [*BERT, "engine=zero2"],
+    "BERT 256 x 4, ZeRO-3, bf16": [*BERT, "engine=zero3"],
+}
+COMMON = [
+    "model.max_seq_len=256", "data.tokenizer.vocab_size=4096", "train.global_batch=16", f"train.steps={STEPS}",
+    "train.eval_batches=1", "data.held_out=0.01", "logger.progress=false",
+]  # fmt: skip
 
 
 def bigtrain(*arguments: str) -> str:
@@ -64,7 +77,7 @@ def main() -> None:
         for number, (name, own) in enumerate(RECIPES.items()):
             if arguments.only not in name:
                 continue
-            overrides = [*SHAPE, *own, *COMMON]
+            overrides = [*COMMON, *own]
             planned = json.loads(bigtrain("plan", *overrides, f"cluster={cluster}", "output=json"))["step_seconds"]
             real = measured(overrides, Path(folder) / str(number))
             errors.append(planned / real - 1)

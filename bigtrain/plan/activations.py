@@ -60,6 +60,7 @@ class Activations:
     head_kept: int  # gradients that the loss has computed already and keeps for the backward pass
     head_peak: int  # the most that the loss holds while it runs, what it keeps included
     working: int  # the largest gradients in flight while a block's backward pass runs
+    feed_forward: int = 0  # of the last block's, what its feed-forward layer saves: the first to be let go
 
     @property
     def per_layer(self) -> float:
@@ -89,7 +90,8 @@ def of(config: Config, setting: Setting) -> Activations:
         if isinstance(model, EncoderConfig) and model.norm_first:
             blocks[0] -= _norm(model, setting)  # the embeddings are normalised already
     kept, peak = _head(config, model, setting)
-    return Activations(tuple(blocks), own, _rest(model, setting), kept, peak, _working(model, setting))
+    working, feed_forward = _working(model, setting), _ffn(model, setting)
+    return Activations(tuple(blocks), own, _rest(model, setting), kept, peak, working, feed_forward)
 
 
 # ---------------------------------------------------------------------------------------------- in a block

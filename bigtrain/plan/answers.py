@@ -10,11 +10,12 @@ from typing import Any
 from bigtrain.config import Config, Seq2SeqConfig
 from bigtrain.errors import ConfigError
 from bigtrain.law import Law
-from bigtrain.plan import flops, money, recommend, simulate, step_time
+from bigtrain.plan import budget, flops, money, recommend, simulate, step_time
 from bigtrain.plan import sizes as parameter_sizes
+from bigtrain.plan.budget import Optimum
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.options import Options
-from bigtrain.plan.recommend import Candidate, Optimum, Recommendation
+from bigtrain.plan.recommend import Candidate, Recommendation
 
 
 @dataclass
@@ -33,7 +34,7 @@ def answer(options: Options, config: Config, cluster: Cluster) -> Answers:
     """Everything that `options` asks beside the plan itself. Raises ConfigError."""
     config = parameter_sizes.with_vocabulary(config)
     found = Answers(config, cluster, options.tokens)
-    law = recommend.read_law(Path(options.ladder)) if options.ladder else recommend.CHINCHILLA
+    law = budget.read_law(Path(options.ladder)) if options.ladder else budget.CHINCHILLA
     if options.target_loss is not None:
         _target(found, options.target_loss, law, fitted=options.ladder is not None)
     if options.hours is not None or options.budget is not None:
@@ -103,8 +104,8 @@ def _spread(front: list[Candidate], most: int = 12) -> list[Candidate]:
 def _purchase(found: Answers, hours: float | None, dollars: float | None, law: Law) -> None:
     if hours is None:
         assert dollars is not None
-        hours = recommend.hours_for_dollars(dollars, found.cluster)
-    bought = recommend.buy(found.config, found.cluster, hours, law)
+        hours = budget.hours_for_dollars(dollars, found.cluster)
+    bought = budget.buy(found.config, found.cluster, hours, law)
     model, optimum = flops.our_model(bought.config.model), bought.optimum
     ranks, sizes = found.cluster.devices, parameter_sizes.of_run(bought.config)
     fits = recommend.room(bought.config, found.cluster, ranks, sizes).fits
@@ -117,7 +118,7 @@ def _purchase(found: Answers, hours: float | None, dollars: float | None, law: L
         + f": {_count(bought.parameters)} parameters"
         + ("" if fits else ", which do not fit with these settings: goal=time finds others"),
     ]
-    largest = recommend.largest_model(found.config, found.cluster)
+    largest = budget.largest_model(found.config, found.cluster)
     wide, total = flops.our_model(largest.config.model), parameter_sizes.of_run(largest.config).total
     found.lines.append(
         f"the largest of this shape that fits: {_count(total)} (model.dim={wide.dim} model.n_layers={wide.n_layers}; "
@@ -133,7 +134,7 @@ def _purchase(found: Answers, hours: float | None, dollars: float | None, law: L
 
 def _target(found: Answers, target: float, law: Law, fitted: bool) -> None:
     sizes = parameter_sizes.of_run(found.config)
-    tokens = recommend.tokens_to_loss(target, sizes.total, law)
+    tokens = budget.tokens_to_loss(target, sizes.total, law)
     time = step_time.estimate(found.config, found.cluster, found.cluster.devices, sizes)
     bill = money.bill(money.hours_for(tokens, time.tokens_per_second), found.cluster.devices, found.cluster)
     kept = simulate.goodput_of(found.config, found.cluster, sizes, time, bill.hours)

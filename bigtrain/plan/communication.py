@@ -122,7 +122,8 @@ def collective_seconds(kind: Kind, size: float, cluster: Cluster, ranks: int, ca
     between = size * (nodes - 1) / nodes / (cluster.inter_node_gb_per_second * 1e9 * per_node)
     latency = (per_node - 1) * cluster.intra_node_latency_us + (nodes - 1) * cluster.inter_node_latency_us
     passes = 2 if kind == "all_reduce" else 1
-    return passes * (max(within, between) + calls * latency * 1e-6)
+    reached = cluster.device.efficiency.get(kind, 1.0)  # of the links' speed, where it was measured
+    return passes * (max(within, between) / reached + calls * latency * 1e-6)
 
 
 def transfer_seconds(transfer: Transfer, cluster: Cluster) -> float:

@@ -1,8 +1,8 @@
 """Measure this machine into a cluster file: `bigtrain doctor --cluster-file FILE`.
 
 As many processes as `train` would start run the same kernels at the same time, for they share caches, memory and clock:
-what one alone reaches is not what a rank gets. Every figure is the best of several tries, which is what a quiet
-machine does; the whole takes some 20 seconds.
+what one alone reaches is not what a rank gets. Every figure is the median of several tries: the best is what a kernel
+does between two moments of the others, and a step is the sum of many. The whole takes some 20 seconds.
 
     python -m bigtrain.plan.measure RANK RANKS THREADS PORT DEVICE SECONDS    is one of those processes
 """
@@ -10,9 +10,9 @@ machine does; the whole takes some 20 seconds.
 from __future__ import annotations
 
 import json
-import math
 import os
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -172,19 +172,20 @@ def _main(rank: int, ranks: int, threads: int, port: int, device_name: str, budg
             torch.cuda.synchronize()
 
     def seconds(run: Callable[[], object], tries: int | None = None) -> float:
-        """The best of all the tries that there is time for, beside the other ranks' tries; of `tries` for what ranks do
-        together, which all of them must do equally often."""
+        """The median of all the tries that there is time for, beside the other ranks' tries; of `tries` for what ranks
+        do together, which all of them must do equally often."""
         run()
         wait()
         dist.barrier()
-        best, done, end = math.inf, 0, time.perf_counter() + budget
-        while done < (tries or 3) or (tries is None and time.perf_counter() < end):
+        taken: list[float] = []
+        end = time.perf_counter() + budget
+        while len(taken) < (tries or 3) or (tries is None and time.perf_counter() < end):
             started = time.perf_counter()
             run()
             wait()
-            best, done = min(best, time.perf_counter() - started), done + 1
+            taken.append(time.perf_counter() - started)
         dist.barrier()
-        return best
+        return statistics.median(taken)
 
     kernels = _Kernels(torch, device, seconds)
     peaks = {"fp32": kernels.peak(torch.float32), "bf16": kernels.peak(torch.bfloat16)}
@@ -198,15 +199,30 @@ def _main(rank: int, ranks: int, threads: int, port: int, device_name: str, budg
     small = torch.zeros(2, device=device)
     latency = seconds(lambda: dist.all_reduce(small), tries=50)
     passes = 2 * (ranks - 1) / ranks
+    link = passes * size / max(all_reduce - latency, 1e-9) / 1e9
+    efficiency |= _collectives(torch, message, seconds, link)
     result = {
         "peak_tflops": peaks,
         "memory_gb_per_second": bandwidth,
         "efficiency": efficiency,
-        "link_gb_per_second": passes * size / max(all_reduce - latency, 1e-9) / 1e9,
+        "link_gb_per_second": link,
         "latency_us": latency / (2 * (ranks - 1)) * 1e6,
     }
     dist.destroy_process_group()
     return result
+
+
+def _collectives(torch: Any, message: Any, seconds: Callable[..., float], link: float) -> dict[str, float]:
+    """Of the two that a sharded step is made of, its speed as a fraction of an all-reduce's: gloo's are slower."""
+    dist = torch.distributed
+    ranks = dist.get_world_size()
+    part = torch.empty(len(message) // ranks, device=message.device)
+    sent = message.numel() * message.element_size() * (ranks - 1) / ranks
+    runs = {
+        "all_gather": lambda: dist.all_gather_into_tensor(message[: ranks * len(part)], part),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, message[: ranks * len(part)]),
+    }
+    return {name: sent / seconds(run, tries=6) / 1e9 / link for name, run in runs.items()}
 
 
 class _Kernels:
@@ -297,7 +313,7 @@ class _Kernels:
     def _optimizer(self) -> float:
         """Bytes per second of AdamW with clipping, 28 bytes a parameter."""
         torch = self.torch
-        count = 2**28 if self.device.type == "cuda" else 2**22
+        count = 2**28 if self.device.type == "cuda" else 2**24  # more than a cache holds
         parameters = [torch.nn.Parameter(torch.zeros(count // 4, device=self.device)) for _ in range(4)]
         for parameter in parameters:
             parameter.grad = torch.full_like(parameter, 1e-3)

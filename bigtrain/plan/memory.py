@@ -17,7 +17,15 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Literal
 
-from bigtrain.config import AccelerateConfig, Config, DeepSpeedConfig, MuonConfig, accumulation_steps, micro_batch
+from bigtrain.config import (
+    AccelerateConfig,
+    Config,
+    DeepSpeedConfig,
+    HuggingFaceConfig,
+    MuonConfig,
+    accumulation_steps,
+    micro_batch,
+)
 from bigtrain.plan import activations, clusters
 from bigtrain.plan.activations import Activations, Setting
 from bigtrain.plan.flops import sequence_length
@@ -260,9 +268,11 @@ class _Zero:
         backward = _sum(
             kept | self.gathered(backward=True),
             {"activations": saved + again, "logits": self.largest_gradient, "temporary": found.working},
-            {"buckets": self.buckets if 0 < self.engine.stage < 3 else 0, "gradients": self.arriving},
+            {"buckets": self.buckets if 0 < self.engine.stage < 3 else 0},
         )
-        moments = [Moment("loss", loss), Moment("backward", backward)]
+        reducing = _sum(backward, {"gradients": self.arriving, "activations": -self.released})
+        widest = max(backward, reducing, key=lambda parts: sum(parts.values()))
+        moments = [Moment("loss", loss), Moment("backward", widest)]
         moments.append(Moment("end of backward", _sum(kept, self.reduced())))
         if update:
             moments.append(Moment("update", _sum(states, update)))
@@ -272,12 +282,25 @@ class _Zero:
     @property
     def arriving(self) -> int:
         """ZeRO-2's buffer for a rank's gradients: made with the first of them, and the owner of the last layers has
-        that while all activations are still there."""
+        that while nearly all activations are still there."""
         engine = self.engine
         if engine.stage != 2 or engine.offload_optimizer != "none" or self.gradient_bytes != self.element:
             return 0
         fills = self.bucket < self.element * self.sizes.trained  # else all are reduced when all are there
         return self.element * self.owned_by[-1] if fills else 0
+
+    @property
+    def released(self) -> int:
+        """Of the activations, when the first gradients go: that is when the bucket would overflow. Where the gradients
+        of the head and of the last block's last layer fit into it, the one before that layer comes first, and what
+        lies between the two has been let go (measured: not of a block that is computed again)."""
+        model = self.config.model
+        assert not isinstance(model, HuggingFaceConfig)  # activations.of knows none of those
+        first = sum(each.count for each in self.sizes.parameters if each.part == "head")
+        first += (model.ffn_dim or 4 * model.dim) * model.dim
+        if self.config.train.activation_checkpointing or self.element * first > self.bucket:
+            return 0
+        return self.found.feed_forward
 
     @property
     def largest_gradient(self) -> int:

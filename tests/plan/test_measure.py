@@ -26,7 +26,8 @@ def test_measures_and_plans_with_it(tmp_path: Path) -> None:
     assert 0.001 < cluster.intra_node_gb_per_second < 10_000
     assert 0 < cluster.disk_gb_per_second < 1000
     assert set(device.efficiency) == {
-        "matmul", "matmul_fp32", "attention", "attention_fp32", "memory", "memory_fp32", "optimizer", "layer_seconds"
+        "matmul", "matmul_fp32", "attention", "attention_fp32", "memory", "memory_fp32", "optimizer", "layer_seconds",
+        "all_gather", "reduce_scatter",
     }  # fmt: skip
     assert all(value > 0 for value in device.efficiency.values())
     # What is not measured says so.

@@ -1,0 +1,1 @@
+"""Side by side with peers: scripts, whose tables of recipes the tests read."""
