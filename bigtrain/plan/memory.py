@@ -298,7 +298,7 @@ class _Zero:
         assert not isinstance(model, HuggingFaceConfig)  # activations.of knows none of those
         first = sum(each.count for each in self.sizes.parameters if each.part == "head")
         first += (model.ffn_dim or 4 * model.dim) * model.dim
-        if self.config.train.activation_checkpointing or self.element * first > self.bucket:
+        if self.config.train.activation_checkpointing or self.element * first >= self.bucket:  # norms and biases, too
             return 0
         return self.found.feed_forward
 
