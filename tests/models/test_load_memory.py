@@ -1,0 +1,128 @@
+"""What loading takes: the resident memory of real ranks, mapped files included, while they fill their models."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bigtrain import models
+from bigtrain.checkpoint.transfer import load_initial
+from bigtrain.checkpoint.weights import write_weights
+from bigtrain.config import DecoderConfig, from_dict
+from bigtrain.engine import start
+from bigtrain.models.huggingface import auto, read_config, to_huggingface
+from tests.distributed.ranks import run_ranks
+
+MB = 1_000_000
+SHARD = 24 * MB
+SLACK = 30 * MB  # a whole parameter that is handed out (the embedding, 17 MB), pieces of fused ones, the heap's gaps
+LLAMA: dict[str, Any] = {
+    "vocab_size": 8192, "dim": 512, "n_layers": 12, "n_heads": 8, "ffn_dim": 1408, "max_seq_len": 64, "bias": False,
+    "positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "tie_embeddings": False,
+}  # fmt: skip
+WATCHED = "blocks.11.feed_forward.down.weight"  # and what it is called in transformers' code:
+THEIRS = "model.model.layers.11.mlp.down_proj.weight"
+
+
+def directory(path: Path, **changes: Any) -> int:
+    """A Llama with random weights in files of 24 MB; its bytes."""
+    config = DecoderConfig(**LLAMA | changes)
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in models.build(config).named_parameters()}
+    draw = torch.Generator().manual_seed(0)
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for name, shape in shapes.items():
+            yield name, torch.rand(shape, generator=draw)
+
+    settings, tensors = to_huggingface(config, weights(), "causal_lm")
+    path.mkdir()
+    write_weights(path, tensors, shard_bytes=SHARD)
+    (path / "config.json").write_text(json.dumps(settings))
+    return sum(4 * shape.numel() for shape in shapes.values())
+
+
+def resident(field: str) -> int:
+    """VmRSS, or VmHWM, its peak since `forget_peak`; bytes."""
+    with open("/proc/self/status") as status:
+        return next(1024 * int(line.split()[1]) for line in status if line.startswith(field))
+
+
+def forget_peak() -> None:
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
+def measure(small: str, large: str) -> dict[str, dict[str, float]]:
+    """In a rank: {way: how far the peak was above what was there before, and the sum of a weight, as proof}.
+
+    The small model goes first, so that code that is loaded at first use is not counted.
+    """
+    device = start.init_distributed("cpu", 120)
+    result: dict[str, dict[str, float]] = {}
+    for path in (small, large):
+        for kind in ("ours", "theirs"):
+            for stage in (2, 3):
+                result[f"{kind}, ZeRO-{stage}"] = loaded(path, kind, stage, device)
+    return result
+
+
+def loaded(path: str, kind: str, stage: int, device: torch.device) -> dict[str, float]:
+    found: dict[str, float] = {}
+
+    def build() -> torch.nn.Module:
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # or it would take what an earlier model has left in the heap
+        before = resident("VmRSS")
+        forget_peak()
+        model: Any = (
+            models.build(read_config(Path(path)))
+            if kind == "ours"
+            else auto.CausalLM(auto.read_config(Path(path), "causal_lm"))
+        )
+        report = load_initial(model, path)
+        found["peak"] = resident("VmHWM") - before
+        assert not report.new
+        assert not report.skipped
+        return model
+
+    if stage < 3:
+        model = build()
+    else:
+        choice = {"kind": "deepspeed", "stage": stage, "deepspeed": {}}
+        train = {"precision": "fp32", "global_batch": int(os.environ["WORLD_SIZE"])}
+        model = start.build(from_dict({"engine": choice, "train": train}), build, device).model
+    import deepspeed
+
+    weights = dict(model.named_parameters())
+    weight = weights[next(name for name in (WATCHED, THEIRS, *weights) if name in weights)]
+    with deepspeed.zero.GatheredParameters([weight], enabled=stage == 3):
+        found["sum"] = float(weight.detach().double().sum())
+    return found
+
+
+def test_a_load_takes_one_shard_over_the_model_and_under_zero_3_over_the_ranks_part(tmp_path: Path) -> None:
+    directory(tmp_path / "small", dim=64, n_layers=2, ffn_dim=96, vocab_size=256)
+    size = directory(tmp_path / "large")
+    files = sorted((tmp_path / "large").glob("*.safetensors"))
+    assert len(files) >= 8
+    assert max(file.stat().st_size for file in files) < SHARD + MB
+    ranks = run_ranks(
+        "tests.models.test_load_memory:measure", 2, {"small": f"{tmp_path}/small", "large": f"{tmp_path}/large"}
+    )
+    for rank, ways in enumerate(ranks):
+        print({way: round(found["peak"] / MB) for way, found in ways.items()}, "of", round(size / MB))
+        assert len({found["sum"] for found in ways.values()}) == 1
+        for way, found in ways.items():
+            part = size / 2 if way.endswith("3") else size
+            assert 0.9 * part < found["peak"], (rank, way, found)  # it has been measured
+            assert found["peak"] < part + SHARD + SLACK, (rank, way, found)
+    assert size / 2 + SHARD + SLACK < 0.8 * size  # what would not do for a rank that holds the model whole
