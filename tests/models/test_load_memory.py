@@ -5,11 +5,12 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from bigtrain.checkpoint.transfer import load_initial
 from bigtrain.checkpoint.weights import write_weights
 from bigtrain.config import DecoderConfig, from_dict
 from bigtrain.engine import start
+from bigtrain.engine.deepspeed import ds_config
+from bigtrain.launch.local import KEEP_FREED_MEMORY
 from bigtrain.models.huggingface import auto, read_config, to_huggingface
 from tests.distributed.ranks import run_ranks
 
@@ -66,50 +69,49 @@ def measure(small: str, large: str) -> dict[str, dict[str, float]]:
 
     The small model goes first, so that code that is loaded at first use is not counted.
     """
-    device = start.init_distributed("cpu", 120)
+    import deepspeed
+
+    start.init_distributed("cpu", 120)
+    deepspeed.init_distributed(dist_init_required=False, verbose=False)
     result: dict[str, dict[str, float]] = {}
     for path in (small, large):
         for kind in ("ours", "theirs"):
             for stage in (2, 3):
-                result[f"{kind}, ZeRO-{stage}"] = loaded(path, kind, stage, device)
+                result[f"{kind}, ZeRO-{stage}"] = loaded(Path(path), kind, stage)
     return result
 
 
-def loaded(path: str, kind: str, stage: int, device: torch.device) -> dict[str, float]:
-    found: dict[str, float] = {}
-
-    def build() -> torch.nn.Module:
-        gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # or it would take what an earlier model has left in the heap
-        before = resident("VmRSS")
-        forget_peak()
-        model: Any = (
-            models.build(read_config(Path(path)))
-            if kind == "ours"
-            else auto.CausalLM(auto.read_config(Path(path), "causal_lm"))
-        )
-        report = load_initial(model, path)
-        found["peak"] = resident("VmHWM") - before
-        assert not report.new
-        assert not report.skipped
-        return model
-
-    if stage < 3:
-        model = build()
-    else:
-        choice = {"kind": "deepspeed", "stage": stage, "deepspeed": {}}
-        train = {"precision": "fp32", "global_batch": int(os.environ["WORLD_SIZE"])}
-        model = start.build(from_dict({"engine": choice, "train": train}), build, device).model
+def loaded(path: Path, kind: str, stage: int) -> dict[str, float]:
+    """The model is born and filled as in the engine."""
     import deepspeed
 
+    choice = {"engine": {"kind": "deepspeed", "stage": stage}, "train": {"precision": "fp32", "global_batch": 2}}
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # or it would take what an earlier model has left in the heap
+    before = resident("VmRSS")
+    forget_peak()
+    sharded = stage == 3
+    born = deepspeed.zero.Init(config_dict_or_path=ds_config(from_dict(choice), 2, "cpu")) if sharded else nullcontext()
+    with born:
+        model: Any = models.build(read_config(path)) if kind == "ours" else theirs(path)
+        report = load_initial(model, str(path))
+    peak = resident("VmHWM") - before
+    assert not report.new
+    assert not report.skipped
     weights = dict(model.named_parameters())
     weight = weights[next(name for name in (WATCHED, THEIRS, *weights) if name in weights)]
-    with deepspeed.zero.GatheredParameters([weight], enabled=stage == 3):
-        found["sum"] = float(weight.detach().double().sum())
-    return found
+    with deepspeed.zero.GatheredParameters([weight], enabled=sharded):
+        return {"peak": peak, "sum": float(weight.detach().double().sum())}
 
 
-def test_a_load_takes_one_shard_over_the_model_and_under_zero_3_over_the_ranks_part(tmp_path: Path) -> None:
+def theirs(path: Path) -> auto.CausalLM:
+    return auto.CausalLM(auto.read_config(path, "causal_lm"))
+
+
+def test_a_load_takes_one_shard_over_the_model_and_under_zero_3_over_the_ranks_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", KEEP_FREED_MEMORY)  # as ranks on CPUs have it
     directory(tmp_path / "small", dim=64, n_layers=2, ffn_dim=96, vocab_size=256)
     size = directory(tmp_path / "large")
     files = sorted((tmp_path / "large").glob("*.safetensors"))
