@@ -53,7 +53,7 @@ def test_pairs_are_learned(regression: bool, tmp_path: Path) -> None:
     model = task.build_model(config.model)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     loader = task.train_loader(Share(0, 1, 32, 32, 0))
-    for step in range(400 if regression else 150):
+    for step in range(500 if regression else 150):
         (batch,) = loader.batches(step)
         (task.loss(model, batch).loss / task.count_targets(batch)).backward()
         optimizer.step()
@@ -64,7 +64,7 @@ def test_pairs_are_learned(regression: bool, tmp_path: Path) -> None:
         assert found["eval/accuracy"] > found["eval/majority"] + 0.2
         assert found["eval/matthews"] > 0.5
         return
-    assert found["eval/pearson"] > 0.75
+    assert found["eval/pearson"] > 0.75  # of one text alone: 0.71
     assert found["eval/mean_squared_error"] == pytest.approx(found["eval/loss"])
     assert all(task.prediction(row) == {"prediction": row[0]} for row in totals.predictions.values())
 
