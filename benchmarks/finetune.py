@@ -36,6 +36,7 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
+from peers import trainer_zero2
 
 from bigtrain.hardware import cores
 from bigtrain.launch.local import free_port
@@ -283,16 +284,7 @@ def hf_rank(job: dict[str, Any]) -> None:
         warmup_steps=round(WARMUP * job["steps"]), bf16=True, logging_steps=50, report_to=[], save_strategy="no",
         disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
         train_sampling_strategy="group_by_length" if job["group_by_length"] else "random",
-        deepspeed={
-            "bf16": {"enabled": "auto"}, "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False, "gradient_clipping": "auto",
-            "zero_optimization": {
-                "stage": 2, "overlap_comm": True, "reduce_scatter": True, "contiguous_gradients": True,
-                "allgather_bucket_size": 2e8, "reduce_bucket_size": 2e8,
-            },
-            "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-        },
+        deepspeed=trainer_zero2(),
     )  # fmt: skip
     kind = AutoModelForTokenClassification if tagging else AutoModelForSequenceClassification
     model = kind.from_pretrained(job["model"], num_labels=len(labels))

@@ -41,6 +41,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 import yaml
+from peers import trainer_zero2
 from torch import Tensor, nn
 
 from bigtrain import config
@@ -423,16 +424,7 @@ def hf_trainer(settings: Config, prepared: Prepared, steps: int, directory: Path
         gradient_accumulation_steps=config.accumulation_steps(settings, world_size), learning_rate=3e-4,
         weight_decay=0.1, max_grad_norm=1.0, bf16=True, logging_steps=1, report_to=[], save_strategy="no",
         disable_tqdm=True, use_cpu=os.environ["DS_ACCELERATOR"] == "cpu",
-        deepspeed={
-            "bf16": {"enabled": "auto"}, "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False, "gradient_clipping": "auto",
-            "zero_optimization": {
-                "stage": 2, "overlap_comm": True, "reduce_scatter": True, "contiguous_gradients": True,
-                "allgather_bucket_size": 2e8, "reduce_bucket_size": 2e8,
-            },
-            "train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto",
-            "gradient_accumulation_steps": "auto",
-        },
+        deepspeed=trainer_zero2(),
     )  # fmt: skip
     clock = Clock()
 

@@ -409,10 +409,10 @@ class LoRAConfig:
     rank: int = 0  # of the changes; 0: no LoRA
     alpha: float = 16.0  # a change counts alpha / rank times
     dropout: float = 0.0
-    targets: list[str] = field(default_factory=lambda: ["*blocks.*"])  # patterns of layers, by default all in blocks
+    targets: list[str] = field(default_factory=lambda: ["*.[0-9]*.*"])  # patterns of layers, by default all of blocks
     train: list[str] = field(
         default_factory=lambda: ["head.*", "pair_head.*"]
-    )  # of parameters trained in full all the same
+    )  # of parameters trained in full all the same, as are those that init_from does not hold
 
 
 @dataclass

@@ -26,11 +26,13 @@ from bigtrain.config import (
     Config,
     EncryptionConfig,
     HuggingFaceConfig,
+    InstructionConfig,
     MaskedLMConfig,
     TaggingConfig,
     TranslationConfig,
 )
 from bigtrain.data.encode_examples import translation_marks
+from bigtrain.data.encode_instructions import CHAT_TEMPLATES
 from bigtrain.data.tokenizer import find_tokenizer, load_tokenizer, special_ids, vocabulary_size
 from bigtrain.errors import ConfigError
 from bigtrain.model_card import model_card
@@ -192,7 +194,9 @@ def _write(
         write_json(staging / "generation_config.json", generation_config(config, tokenizer, tokens))
     shutil.copyfile(run / "tokenizer" / "tokenizer.json", staging / "tokenizer.json")
     write_json(staging / "tokenizer_config.json", told(run) | tokenizer_config(config, tokens))
-    if (run / "tokenizer" / "chat_template.jinja").is_file():
+    if isinstance(config.task, InstructionConfig):  # as it was trained, whatever the model came with
+        (staging / "chat_template.jinja").write_text(CHAT_TEMPLATES[config.task.template], encoding="utf-8")
+    elif (run / "tokenizer" / "chat_template.jinja").is_file():
         shutil.copyfile(run / "tokenizer" / "chat_template.jinja", staging / "chat_template.jinja")
     (staging / "README.md").write_text(model_card(run, name, config, checkpoint), encoding="utf-8")
     return settings

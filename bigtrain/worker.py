@@ -104,12 +104,14 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
         model: Any = task.build_model(config.model)
         parameters = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in model.parameters())
         model.set_activation_checkpointing(train.activation_checkpointing)
+        new: list[str] = []
         if config.init_from is not None:
             report = transfer.load_initial(model, config.init_from)
+            new = report.new
             if int(os.environ["RANK"]) == 0:
                 print(redact(transfer.described(report, config.init_from)), file=terminal)
         if train.lora.rank:
-            add_lora(model, train.lora)
+            add_lora(model, train.lora, new)
         optimizers.freeze(model, train.freeze)
         for transform in transforms:
             model = transform.apply(model) or model

@@ -23,12 +23,14 @@ from bigtrain.config import (
     Config,
     DecoderConfig,
     EncoderConfig,
+    InstructionConfig,
     MaskedLMConfig,
     QuestionAnsweringConfig,
     TaggingConfig,
     TextDataConfig,
     dump,
 )
+from bigtrain.data.encode_instructions import prompt_text, rendered
 from bigtrain.data.tokenizer import find_tokenizer, train_tokenizer
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.export import export
@@ -112,6 +114,23 @@ def test_a_causal_run(model: DecoderConfig, tmp_path: Path) -> None:
     written = theirs.generate(**batch, max_new_tokens=20, do_sample=False)
     assert tokenizer.decode(written[0], skip_special_tokens=True) == text
     assert (written < tokenizer.vocab_size).all()
+
+
+@pytest.mark.parametrize("template", ["plain", "chatml"])
+def test_a_run_that_answers_takes_its_chat_template_along(template: Any, tmp_path: Path) -> None:
+    config = Config(model=dataclasses.replace(GPT), task=InstructionConfig(template=template))
+    torch.manual_seed(0)
+    run = make_run(tmp_path / "run", config, models.build(GPT))
+    (run / "tokenizer" / "chat_template.jinja").write_text("the one that its base model came with")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(export(run, tmp_path / "out"))
+    chat = [{"role": "user", "content": "def main():\n"}, {"role": "assistant", "content": "return 0"},
+            {"role": "user", "content": "def"}]  # fmt: skip
+    asked = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    pieces = [text + tokenizer.eos_token * own for text, own in rendered(chat, template)]
+    begun = "<|im_start|>assistant\n" if template == "chatml" else ""
+    assert asked == tokenizer.bos_token + "".join(pieces) + begun
+    alone = tokenizer.apply_chat_template(chat[2:], tokenize=False, add_generation_prompt=True)
+    assert alone == tokenizer.bos_token + prompt_text("def", template)
 
 
 @torch.no_grad()

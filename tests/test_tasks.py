@@ -13,6 +13,7 @@ from bigtrain import tasks
 from bigtrain.checkpoint import checkpoints
 from bigtrain.checkpoint.weights import read_weights
 from bigtrain.config import load
+from bigtrain.data.examples import load_examples
 from tests.runs import bigtrain, result
 
 RANKS = ["launch.ranks=2", "launch.device=cpu", "logger.progress=false"]
@@ -115,6 +116,20 @@ def test_translation_is_better_than_copying(tmp_path: Path, data_cache: Path) ->
     assert done["eval/bleu"] > done["eval/copy_bleu"] + 5
     written = bigtrain("generate", str(run), "--prompt", "count += 1", "--num-beams", "2")
     assert written.strip()
+
+
+def test_docstrings_can_be_what_a_translation_learns(tmp_path: Path, data_cache: Path) -> None:
+    """data.pairs=docstring: a function without its docstring -> that one's first line."""
+    run = tmp_path / "docstrings"
+    settings = ["data.pairs=docstring", "data.tokenizer.vocab_size=512", "model.dim=64", "train.steps=30"]
+    settings += ["schedule.warmup_steps=5", "train.eval_every=0", "train.eval_batches=1", "task.max_new_tokens=4"]
+    bigtrain("train", "experiment=translation", *settings, *RANKS, f"run_dir={run}", f"data.cache_dir={data_cache}")
+    done = result(run)
+    assert done["eval/loss"] < 5  # all 512 tokens alike: 6.2
+    assert 2000 < done["data/examples"]["train"] < 3000  # lines in words are 20,000
+    records = list(load_examples(load(run / "config.yaml").data.prepared_dir or "").held_out_records())
+    assert len(records) == done["data/examples"]["held_out"]
+    assert all("def " in record["source"] for record in records)
 
 
 def test_masked_words_are_restored_and_the_encoder_passed_on(tmp_path: Path, data_cache: Path) -> None:

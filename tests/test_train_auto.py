@@ -55,6 +55,8 @@ def directory(path: Path, name: str, config: str, values: dict[str, Any]) -> Pat
 
 QWEN = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
         "intermediate_size": 48, "max_position_embeddings": 64, "tie_word_embeddings": True}  # fmt: skip
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0}  # fmt: skip
 DISTIL = {"dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 64, "max_position_embeddings": 32, "dropout": 0.0}
 T5 = {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
 
@@ -135,6 +137,33 @@ def test_an_encoder_decoder_translates(tmp_path: Path) -> None:
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     written = theirs.generate(**tokenizer("red two", return_tensors="pt"), max_new_tokens=8, do_sample=False)
     assert tokenizer.decode(written[0], skip_special_tokens=True) == text
+
+
+@pytest.mark.soak  # test_auto_engines.py has the same curves in less time, without the command
+@pytest.mark.parametrize("engine", ["zero0", "zero1", "zero3", "accelerate", "accelerate engine.parallel=fsdp2"])
+def test_changes_of_low_rank_from_directory_to_directory(engine: str, tmp_path: Path) -> None:
+    """GPT-2 in transformers' code, whose linear layers are of a class of their own; resumed, measured, exported."""
+    path = directory(tmp_path / "gpt2", "GPT2LMHeadModel", "GPT2Config", dict(GPT2))
+    (path / "corpus.txt").write_text("\n".join(f"{WORDS[i % 4]} {WORDS[(i // 4) % 4]}" for i in range(4000)))
+    run = tmp_path / "run"
+    settings = [*COMMON, "model=hf", f"model.path={path}", "data=text", f"data.path={path}/corpus.txt",
+                "data.held_out=0.2", f"data.cache_dir={tmp_path}/cache", f"engine={engine.split()[0]}",
+                *engine.split()[1:], "train.lora.rank=4", "optimizer.lr=1e-2", f"run_dir={run}"]  # fmt: skip
+    bigtrain("train", *settings, "train.steps=6")
+    bigtrain("train", *settings, "train.steps=20")
+    done = result(run)
+    assert done["model/trained_parameters"] == 2 * 4 * ((32 + 96) + (32 + 32) + (32 + 128) + (128 + 32))
+    found = losses(run)
+    assert found.keys() == set(range(1, 21))
+    assert found[20] < found[1] - 0.2
+    metrics, _ = evaluate.run(run, data=[], columns={})
+    assert metrics["eval/loss"] == pytest.approx(done["eval/loss"], abs=1e-4)
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(export(run, tmp_path / "out"))
+    before = transformers.AutoModelForCausalLM.from_pretrained(path)
+    assert torch.equal(theirs.transformer.wte.weight, before.transformer.wte.weight)
+    change = theirs.transformer.h[0].attn.c_attn.weight - before.transformer.h[0].attn.c_attn.weight
+    assert torch.linalg.matrix_rank(change.detach(), rtol=1e-4) == 4
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,18 @@ from bigtrain.data.examples import Example
 from bigtrain.data.records import Record
 
 NOT_SCORED = -100
+CHAT_TEMPLATES = {  # what `rendered` writes, with the marks of InstructionEncoder, in the language of transformers
+    "plain": (
+        "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
+    ),
+    "chatml": (
+        "{{ bos_token }}{% for message in messages %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}"
+        "{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    ),
+}
 
 
 def rendered(messages: list[dict[str, str]], template: str) -> list[tuple[str, bool]]:

@@ -23,19 +23,22 @@ class QuestionEncoder:
 
     - tokens, token_types;
     - start, end: the positions of the answer's first and last token, of [CLS] where the window does not hold a whole
-      answer or there is none;
+      answer or there is none, as in BERT's run_squad.py;
     - context_at: the position of the window's first context token;
     - char_begins, char_ends: for each context token of the window, the characters of the record's context that it is.
 
     Where a pair does not fit, a question longer than half of what is left beside the overlap loses its end: every
     window then brings at least as many new tokens of context as the question has.
 
+    An answer of up to `task.stride` + 1 tokens is whole in some window, wherever it stands; `torn` counts the questions
+    whose answers are longer and stand so that none is whole in any: to all of their windows there is no answer.
+
     `encode` raises ConfigError for a question all of whose answers are longer than a window's part of the context.
     """
 
     def __init__(self, task: QuestionAnsweringConfig, tokenizer: Any, max_seq_len: int) -> None:
         self.length = min(task.max_length or max_seq_len, max_seq_len)
-        self.tokenizer, self.stride, self.cut = tokenizer, task.stride, 0
+        self.tokenizer, self.stride, self.cut, self.torn = tokenizer, task.stride, 0, 0
         self.cls_id = special_ids(tokenizer)["cls"]
 
     def labels_of(self, record: Record) -> list[str]:
@@ -66,6 +69,7 @@ class QuestionEncoder:
                 "raise task.max_length (at most model.max_seq_len), or lower task.stride if the question is long",
             )  # fmt: skip
         examples: list[Example] = []
+        whole = False  # in any window
         for begin in range(0, max(len(context) - self.stride, 1), room - self.stride):
             window = context[begin : begin + room]
             kept = [*before, *window, *after]
@@ -73,6 +77,7 @@ class QuestionEncoder:
             cls = tokens.index(self.cls_id) if self.cls_id in tokens else 0
             held = [(first, last) for first, last in spans if begin <= first and last < begin + len(window)]
             first, last = held[0] if held else (0, 0)
+            whole = whole or bool(held)
             offset = len(before) - begin
             examples.append(
                 {
@@ -85,6 +90,7 @@ class QuestionEncoder:
                     "char_ends": [encoding.offsets[i][1] for i in window],
                 }
             )
+        self.torn += bool(spans) and not whole
         return examples
 
 

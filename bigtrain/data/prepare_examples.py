@@ -25,6 +25,7 @@ from bigtrain.config import (
     TranslationConfig,
 )
 from bigtrain.data.encode_examples import ExampleEncoder, example_encoder, record_kind, translation_marks
+from bigtrain.data.encode_questions import QuestionEncoder
 from bigtrain.data.examples import FORMAT, RECORDS, ExampleWriter, PreparedExamples, load_examples
 from bigtrain.data.locks import locked, writing
 from bigtrain.data.records import Record, Records, open_records
@@ -140,6 +141,12 @@ def write_examples(
                 numbers[out] += 1
                 if out:
                     kept.write(json.dumps(record, ensure_ascii=False) + "\n")
+    if isinstance(encoder, QuestionEncoder) and encoder.torn:
+        print(
+            f"warning: no window holds the whole answer to {encoder.torn} of the questions: it is longer than what two"
+            f" windows share (task.stride={encoder.stride}); raise task.stride or task.max_length",
+            flush=True,
+        )
     meta = {
         "examples_format": FORMAT,
         "fingerprint": directory.stem,

@@ -51,7 +51,7 @@ class AccelerateEngine:
             fsdp_plugin=plugin,
         )
         model = build_model().to(device)
-        if plugin is not None and (names := getattr(model, "block_names", None)):
+        if plugin is not None and (names := getattr(model, "layer_names", None)):
             plugin.transformer_cls_names_to_wrap = names
         groups = optimizers.parameter_groups(model, config.optimizer, config.train.layer_lr_decay)
         optimizer = optimizers.build(config.optimizer, groups, device, offloaded=False)

@@ -21,6 +21,9 @@ INDEX = "model.safetensors.index.json"
 class StoredTensors:
     """The tensors of a directory by name; none is read before it is asked for.
 
+    One file is open at a time: a mapped file's pages that were read count as the process's memory, and with every file
+    of a model mapped they would be as much again as the model.
+
     Raises BigtrainError where there are none or a file is damaged.
     """
 
@@ -31,7 +34,7 @@ class StoredTensors:
             self._remove_copy = weakref.finalize(self, shutil.rmtree, directory, True)
             names = [path.name.removesuffix(".enc") for path in self.directory.glob("*.safetensors*")]
             encryption.decrypt_into(self.directory, directory, names)
-        self._opened: dict[Path, Any] = {}
+        self._opened: tuple[Path, Any] | None = None
         self._files: dict[str, Path] = {}
         if (directory / SINGLE).is_file():
             self._files = dict.fromkeys(self._open(directory / SINGLE).keys(), directory / SINGLE)
@@ -65,9 +68,10 @@ class StoredTensors:
     def _open(self, file: Path) -> Any:
         from safetensors import SafetensorError, safe_open
 
-        if file not in self._opened:
+        if self._opened is None or self._opened[0] != file:
+            self._opened = None  # unmapped before the next is mapped
             try:
-                self._opened[file] = safe_open(file, framework="pt")  # maps the file, reads its header
+                self._opened = file, safe_open(file, framework="pt")  # maps the file, reads its header
             except (SafetensorError, OSError) as error:
                 raise BigtrainError(f"{file}: cannot be read: {error}") from None
-        return self._opened[file]
+        return self._opened[1]

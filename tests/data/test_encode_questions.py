@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,33 @@ def test_an_answer_longer_than_a_window_is_an_error_and_not_taught_as_none(token
     assert window["end"] - window["start"] + 1 == length
 
 
+def test_an_answer_of_the_overlap_and_a_token_is_whole_in_some_window_wherever_it_stands(tokenizer: Tokenizer) -> None:
+    """... and one that is a token longer is not: to the windows it falls between there is no answer."""
+    context = CONTEXT.replace("ë", "e")  # each token is of its own characters
+    offsets = tokenizer.encode(context, add_special_tokens=False).offsets
+    encoder = QuestionEncoder(QuestionAnsweringConfig(max_length=64, stride=12), tokenizer, 4096)
+
+    def windows(first: int, length: int) -> list[Example]:
+        begin, end = offsets[first][0], offsets[first + length - 1][1]
+        asked = record(None, context=context) | {"answers": [{"text": context[begin:end], "start": begin}]}
+        (examples,) = encoder.encode([asked], {})
+        for window in examples:
+            if window["start"]:
+                assert text_of(window, window["start"], window["end"], context) == context[begin:end]
+        return examples
+
+    for first in range(len(offsets) - 13):
+        assert any(window["start"] for window in windows(first, 13)), first
+    assert encoder.torn == 0
+    room = len(windows(0, 1)[0]["char_begins"])
+    between = room - 12 - 1  # the last token that the first window alone holds, of 14
+    assert {(window["start"], window["end"]) for window in windows(between, 14)} == {(0, 0)}
+    assert encoder.torn == 1
+    assert any(window["start"] for window in windows(between + 1, 14))
+    assert any(window["start"] for window in windows(between - 1, 14))
+    assert encoder.torn == 1
+
+
 def test_an_overlong_question_loses_its_end(tokenizer: Tokenizer) -> None:
     question = QUESTION * 30
     windows, cut = encode(tokenizer, record(question=question), 64, 12)
@@ -174,6 +202,23 @@ def test_a_record_is_kept_once_and_its_windows_name_it(tmp_path: Path) -> None:
             begin, end = window["char_begins"][window["start"] - at], window["char_ends"][window["end"] - at]
             assert "red" in records[number]["context"][begin:end]
     assert prepare_examples(config(tmp_path, stride=4)).directory != prepared.directory
+
+
+def test_answers_between_two_windows_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A length at which the answer ends a token after the first window, which holds all of it with a longer overlap."""
+    rows = []
+    for words in range(1, 41):
+        before = "so " * words
+        context = before + "the red fox and the brown dog slept there all day. " + "so " * 40
+        rows.append({"question": "Who?", "context": context,
+                     "answers": [{"text": "the red fox and the brown dog", "start": len(before)}]})  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare_examples(config(tmp_path, stride=1))
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1
+    assert re.search(r"warning: no window holds the whole answer to \d+ of the questions.*task\.stride=1\)", said)
+    prepare_examples(config(tmp_path, stride=16))
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bigtrain import generate, tasks
+from bigtrain import cli, generate, tasks
 from bigtrain.batch import IGNORED, count_tokens
 from bigtrain.checkpoint.integrity import seal
 from bigtrain.checkpoint.weights import write_weights
@@ -119,7 +120,9 @@ def test_metrics_are_sacrebleu_s() -> None:
     assert 0 < found["eval/chrf"] < 100
 
 
-def test_generate_writes_the_translation_alone(tmp_path: Path) -> None:
+def test_generate_writes_the_translation_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = configured(tmp_path)
     run, task = tmp_path / "run", tasks.build(config)
     torch.manual_seed(1)
@@ -139,10 +142,21 @@ def test_generate_writes_the_translation_alone(tmp_path: Path) -> None:
         ((_, (expected, source, _)),) = task.evaluate(model, batch).predictions
     assert generate.run(run, [source], max_new_tokens=6) == [expected]
 
+    # a source a line on stdin, with beams
+    beams = generate.run(run, texts, max_new_tokens=6, num_beams=3)
+    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{text}\n" for text in texts)))
+    capsys.readouterr()
+    assert cli._run(["generate", str(run), "--prompt", "-", "--max-new-tokens", "6", "--num-beams", "3"]) == 0
+    assert capsys.readouterr().out == "\n\n".join(beams) + "\n"
+
 
 def test_only_an_encoder_decoder_translates(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"needs a model of kind seq2seq; take model=transformer_tiny"):
         check(from_dict({"model": {"kind": "encoder"}, "task": {"kind": "translation"}}))
+    with pytest.raises(ConfigError, match=r"train\.layer_lr_decay=0\.9: an encoder-decoder has two stacks of layers"):
+        check(
+            from_dict({"model": {"kind": "seq2seq"}, "task": {"kind": "translation"}, "train": {"layer_lr_decay": 0.9}})
+        )
     with pytest.raises(ConfigError, match=r"task\.num_beams"):
         configured(tmp_path, num_beams=0)
 

@@ -223,9 +223,14 @@ class TransformersModel(Network):
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
     @property
+    def layer_names(self) -> list[str]:
+        """Classes of the layers of its stacks, which FSDP2 shards one by one."""
+        return sorted({type(layer).__name__ for layer in _stacked(self.model)})
+
+    @property
     def block_names(self) -> list[str]:
-        """Classes of the layers that sharding and dispatch keep in one piece."""
-        return sorted(self.model._no_split_modules or ())
+        """Classes that dispatch over devices keeps in one piece: the layers, and what else transformers says."""
+        return sorted({*(self.model._no_split_modules or ()), *self.layer_names})
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TransformersModel:
         """Tables that are no weights stay as they were computed: rotary frequencies in bfloat16 would put tokens at
@@ -254,6 +259,15 @@ class TransformersModel(Network):
         if self.takes_cache:
             given["use_cache"] = False
         return given
+
+
+def _stacked(module: nn.Module) -> Iterator[nn.Module]:
+    """The layers of each list of layers that is in no other."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield from _stacked(child)
 
 
 def _draw(module: nn.Module, owner: Any) -> None:
