@@ -92,8 +92,9 @@ def report(mode: str, run: Path, every: int) -> None:
     print(
         f"{mode:5}  a checkpoint of {newest.bytes / 2**20:,.0f} MiB; step {found.step:.2f} s; one save: blocked"
         f" {found.blocked:.2f} s, slower steps {found.slower:+.2f} s; with one every {INTERVAL:,} steps"
-        f" {found.share(INTERVAL):.2%} of the time is blocked ({ALLOWED[mode]:.1%} from every {found.shortest(ALLOWED[mode]):,} steps on);"
-        f" result.json: {result['time/save_stall_seconds']:.2f} s for three saves, the last one waited for",
+        f" {found.share(INTERVAL):.2%} of the time is blocked ({ALLOWED[mode]:.1%} from every"
+        f" {found.shortest(ALLOWED[mode]):,} steps on); result.json: {result['time/save_stall_seconds']:.2f} s"
+        " for three saves, the last one waited for",
         flush=True,
     )
 
