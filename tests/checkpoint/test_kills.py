@@ -91,6 +91,18 @@ def test_killed_inside_a_save(victim: int, point: str, config: Config, whole: Wh
     check_same(file.parent, whole)
 
 
+def test_a_manifest_says_all_that_a_resume_compares(whole: Whole) -> None:
+    (one,) = checkpoints(whole.run)[-1:]
+    manifest = one.manifest
+    assert (manifest["step"], manifest["world_size"], manifest["engine"], manifest["stage"]) == (12, 2, "deepspeed", 2)
+    assert (manifest["precision"], manifest["global_batch"]) == ("fp32", 8)
+    assert (manifest["sequences"], manifest["tokens"]) == (12 * 8, 12 * 8 * 64)
+    assert {len(manifest["fingerprints"][name]) for name in ("config", "tokenizer", "code")} == {64}
+    assert manifest["fingerprints"]["corpus"] == Path(manifest["config"]["data"]["prepared_dir"]).name
+    assert {"python", "torch", "deepspeed"} <= manifest["versions"].keys()
+    assert {"random-00000.pt", "random-00001.pt", "model.safetensors"} <= manifest["files"].keys()
+
+
 @dataclass
 class Tally:
     """What came of killing at random."""

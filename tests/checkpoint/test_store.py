@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,32 +19,50 @@ from tests.distributed.curves import ZERO, build, join, make
 from tests.distributed.ranks import run_ranks
 
 
+def raising(number: int) -> Callable[..., None]:
+    def refuse(*arguments: Any, **keywords: Any) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+FAULTS = {  # what is refused -> on which rank, and what is said of it
+    "a full disk": (1, "No space left on device"),
+    "a failing disk": (1, "Input/output error"),
+    "a read-only disk": (0, "Read-only file system"),
+    "too little room, seen ahead": (0, "no space: 0 MiB free in "),
+}
+
+
 def failing(folder: str, stage: str) -> list[Any]:
-    """Runs in each rank: a good save, then one whose writing fails on rank 1, then a good one again."""
+    """Runs in each rank: a good save, then some that fail, each on one rank, then good ones again."""
     host = join()
     built = build(make(ZERO[stage], "fp32"))
     run = Path(folder)
     store.save(run, 1, built, host, {"tokens": 5}, keep=2)
     writer: Any = built.engine.checkpoint_engine  # type: ignore[attr-defined]
-    write = writer.save
-
-    def full(*arguments: Any, **keywords: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    if host.rank == 1:
-        writer.save = full
-    try:
-        store.save(run, 2, built, host, {}, keep=2)
-        message = ""
-    except BigtrainError as error:
-        message = str(error)
-    writer.save = write
+    messages = []
+    for fault, (rank, _) in FAULTS.items():
+        with pytest.MonkeyPatch.context() as patch:
+            if host.rank != rank:
+                pass
+            elif fault == "a full disk":
+                patch.setattr(writer, "save", raising(errno.ENOSPC))
+            elif fault == "a failing disk":
+                patch.setattr(writer, "save", raising(errno.EIO))
+            elif fault == "a read-only disk":
+                patch.setattr(Path, "mkdir", raising(errno.EROFS))
+            else:
+                patch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+            with pytest.raises(BigtrainError) as refused:
+                store.save(run, 2, built, host, {}, keep=2)
+            messages.append(str(refused.value))
     after_failure = [checkpoint.step for checkpoint in checkpoints(run)]
     host.gather(None)
     for step in (3, 4):
         store.save(run, step, built, host, {}, keep=2)
     host.gather(None)  # rank 0 removes old ones last
-    return [message, after_failure, [checkpoint.step for checkpoint in checkpoints(run)]]
+    return [messages, after_failure, [checkpoint.step for checkpoint in checkpoints(run)]]
 
 
 def damage(path: Path, reader: int) -> str:
@@ -88,9 +111,10 @@ def test_damaged_newest_checkpoints_are_set_aside_by_all_ranks_alike(tmp_path: P
 
 def test_a_failed_save_is_undone_and_named(tmp_path: Path) -> None:
     arguments = {"folder": str(tmp_path), "stage": "zero3"}
-    for message, after_failure, kept in run_ranks(f"{__name__}:failing", 2, arguments):
-        assert "checkpoint of step 2 was not written: rank 1" in message
-        assert "No space left on device" in message
+    for messages, after_failure, kept in run_ranks(f"{__name__}:failing", 2, arguments):
+        for message, (rank, said) in zip(messages, FAULTS.values(), strict=True):
+            assert message.startswith(f"checkpoint of step 2 was not written: rank {rank}: ")
+            assert said in message
         assert after_failure == [1]
         assert kept == [3, 4]
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-00000003", "step-00000004"]
