@@ -6,6 +6,7 @@ late, when it first needs it: torch._dynamo at the first zero_grad, DeepSpeed's 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import os
@@ -19,6 +20,10 @@ lean.import_deepspeed()
 for name in (
     "pytest",  # which every child imports that is started from a test
     "torch._dynamo",
+    "torch.numa",
+    "torch.utils.cpp_extension",
+    "rich.progress",
+    "zstandard",
     "bigtrain.worker",
     "bigtrain.trainer",
     "bigtrain.compress",
@@ -27,6 +32,7 @@ for name in (
     "bigtrain.plan.preflight",
     "bigtrain.tasks.causal_lm",
 ):
-    importlib.import_module(name)
+    with contextlib.suppress(ImportError):  # of an extra: whoever wants it will say so
+        importlib.import_module(name)
 gc.collect()
 gc.freeze()  # else each child's first collection would copy all these pages

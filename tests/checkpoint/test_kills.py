@@ -30,12 +30,18 @@ OF_RANK_0 = {"before staging", "before the manifest", "half a manifest", "before
 
 
 @pytest.fixture(scope="module")
-def config(data_cache: Path) -> Config:
-    """The tiny recipe with dropout, accumulation and a save every few steps."""
+def config(data_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """The tiny recipe with dropout, accumulation and a save every few steps, on little text: no second goes to what a
+    run does at its end."""
+    folder, draw = tmp_path_factory.mktemp("corpus"), random.Random(0)
+    for number in range(40):
+        words = ("".join(draw.choices("etaoinshrdlu", k=draw.randint(1, 9))) for _ in range(2000))
+        (folder / f"{number}.txt").write_text(" ".join(words))
     overrides = [
-        *TINY, f"train.steps={STEPS}", f"train.save_every={EVERY}", "train.micro_batch=2", "train.eval_every=0",
-        "train.eval_batches=1", "model.dropout=0.1", "launch.ranks=2", "launch.device=cpu", "logger=quiet",
-        "launch.timeout_seconds=60", f"data.cache_dir={data_cache}",
+        *TINY, "data=text", f"data.path={folder}", "data.held_out=0.2", f"train.steps={STEPS}",
+        f"train.save_every={EVERY}", "train.micro_batch=2", "train.eval_every=0", "train.eval_batches=1",
+        "model.dropout=0.1", "launch.ranks=2", "launch.device=cpu", "logger=quiet", "launch.timeout_seconds=60",
+        f"data.cache_dir={data_cache}",
     ]  # fmt: skip
     composed = bigtrain("train", *overrides, "--cfg", "job", "--resolve")
     return train.prepare_data(train.checked(yaml.safe_load(composed)))
