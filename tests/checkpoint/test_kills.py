@@ -142,15 +142,18 @@ def kill_at_random(kills: int, seed: int, config: Config, whole: Whole, folder: 
             shutil.rmtree(file.parent / "heartbeats", ignore_errors=True)  # of the session before
             processes = start(file, RANKS)
             tally.sessions += 1
+            kills_it = tally.kills < kills
             victim = draw.randrange(RANKS)
-            if tally.kills < kills:
+            if kills_it:
                 time.sleep(draw.uniform(0, whole.seconds))
                 processes[victim].kill()
             codes = end(processes)
             finished = codes == [0] * RANKS
             if finished:
                 break
-            assert codes[victim] == -signal.SIGKILL, (file.parent / "logs" / f"rank-{victim}.log").read_text()[-3000:]
+            said = {log.name: log.read_text()[-2000:] for log in (file.parent / "logs").glob("*.log")}
+            assert kills_it, (codes, said)
+            assert codes[victim] == -signal.SIGKILL, (codes, said)
             tally.kills += 1
             tally.phases[doing(file, victim)] += 1
             saved = max((one.step for one in checkpoints(file.parent)), default=0)
