@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import replace
 from pathlib import Path
@@ -166,11 +167,12 @@ class Trainer:
         self.profiler.close(self.step)
         self.train_seconds = self._seconds()
         self._save_last()
-        result: dict[str, Any] = {"status": "finished" if self.step >= train.steps else "stopped"}
+        result: dict[str, Any] = {"status": "stopped"}
         if self.step >= train.steps:
-            metrics = self.evaluate(self.held_out)
-            self.hooks.on_evaluate(self.step, metrics)
-            result |= metrics
+            with contextlib.suppress(_Stopped):  # then only this is left to do, by the next session
+                metrics = self.evaluate(self._until_stopped(self.held_out))
+                self.hooks.on_evaluate(self.step, metrics)
+                result = {"status": "finished"} | metrics
         return result | self._summary()
 
     def _begin(self) -> None:
@@ -331,6 +333,13 @@ class Trainer:
         self.engine.model.train()
         return self.task.metrics(self._totals(found, targets))
 
+    def _until_stopped(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Raises _Stopped, before the same batch on every rank, once any of them was asked to stop."""
+        for batch in batches:
+            if any(self.host.sum(self.stop.is_set())):
+                raise _Stopped
+            yield batch
+
     def _totals(self, found: list[Evaluated], targets: int) -> Totals:
         """Of all ranks, on every rank."""
         names = list(found[0].sums) if found else []
@@ -410,6 +419,10 @@ class Trainer:
             "perf/step_seconds": durations[len(durations) // 2] if durations else None,
             "perf/peak_memory_gib": peak_memory_gib(self.engine.device),
         }
+
+
+class _Stopped(Exception):
+    """A stop was asked for while the finished model was evaluated."""
 
 
 class _Window:

@@ -22,7 +22,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts backg
 
 
 # Where workers share the files out, the longest come first: or one would still be at it when the others are done.
-LONGEST = ("test_readme", "test_tasks", "test_train", "test_engines", "test_default_recipe", "test_reshard")
+LONGEST = ("test_readme", "test_tasks", "test_train", "test_engines", "test_default_recipe", "test_kills")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

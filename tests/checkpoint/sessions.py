@@ -1,47 +1,33 @@
-"""Real sessions of a run, ranks and all, in processes forked from one that has imported everything: a second each.
+"""Real sessions of a run, ranks and all, through bigtrain.worker.main, in forked processes: a second or two each.
 
-`start` begins a session through bigtrain.worker.run, as the launcher does. A session can be told to be killed, with
-SIGKILL, at a named point inside a save: the point is patched in here, the product has none.
+A session can be told to be killed, with SIGKILL, at a named point inside a save: the point is patched in here, the
+product has none.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import hashlib
+import json
 import os
 import signal
-import socket
-import threading
+import sys
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from bigtrain.config import Config, load
-from bigtrain.launch import ops
+from tests.distributed import ranks
 
 DISK_FULL = "disk full"  # no kill: writing the state refuses once
-PRELOADED = ["torch", "deepspeed", "accelerate", "bigtrain.worker", "bigtrain.trainer", "bigtrain.engine.deepspeed"]
-_FORKS = multiprocessing.get_context("forkserver")
+STOP = "evaluation"  # no kill: the rank is asked to stop in the middle of an evaluation
 
 
-def start(config_file: Path, ranks: int, kill_at: str | None = None, kill_step: int = 0) -> list[BaseProcess]:
-    """One process per rank. `kill_at`: the point at which rank 0 kills itself while it saves `kill_step`."""
-    _FORKS.set_forkserver_preload(PRELOADED)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1",
-        "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks), "TORCH_EXTENSIONS_DIR": str(ops.extensions_dir()),
-        "PATH": ops.search_path(), "GLOO_SOCKET_IFNAME": "lo",
-    }  # fmt: skip
-    processes = []
-    for rank in range(ranks):
-        process = _FORKS.Process(target=_rank, args=(config_file, rank, environment, kill_at, kill_step))
-        process.start()
-        processes.append(process)
-    return processes
+def start(
+    config_file: Path, world_size: int, kill_at: str | None = None, kill_step: int = 0, victim: int = 0
+) -> list[BaseProcess]:
+    """One process per rank. `kill_at`: the point at which rank `victim` kills itself while it saves `kill_step`."""
+    return ranks.start(_rank, world_size, config_file, os.getpid(), kill_at, kill_step, victim)
 
 
 def end(processes: list[BaseProcess], timeout: float = 120) -> list[int | None]:
@@ -55,23 +41,23 @@ def end(processes: list[BaseProcess], timeout: float = 120) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
-def _rank(config_file: Path, rank: int, environment: dict[str, str], kill_at: str | None, kill_step: int) -> None:
-    os.environ.update(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-    import torch
+def doing(config_file: Path, rank: int) -> str:
+    """The phase that a rank was last in."""
+    try:
+        return str(json.loads((config_file.parent / "heartbeats" / f"rank-{rank}.json").read_text())["phase"])
+    except (OSError, ValueError):
+        return "not begun"
 
+
+def _rank(rank: int, config_file: Path, parent: int, kill_at: str | None, kill_step: int, victim: int) -> None:
     from bigtrain import worker
 
-    torch.set_num_threads(1)
-    config: Config = load(config_file)
-    terminal = worker.redirect_output(config_file.parent, rank)
-    if kill_at is not None and rank == 0:
-        (_fill_disk if kill_at == DISK_FULL else POINTS[kill_at])(kill_step)
-    try:
-        worker.run(config, config_file.parent, terminal, threading.Event(), time.time())
-    except BaseException as error:
-        worker.record_failure(config_file.parent, rank, error)
-        os._exit(1)
-    os._exit(0)
+    if kill_at is not None and rank == victim:
+        (POINTS | {DISK_FULL: _fill_disk, STOP: _stop})[kill_at](kill_step)
+    os.environ["BIGTRAIN_PARENT_PID"] = str(parent)
+    sha256 = hashlib.sha256(config_file.read_bytes()).hexdigest()
+    sys.argv = ["bigtrain.worker", str(config_file), "--sha256", sha256]
+    worker.main()
 
 
 # ------------------------------------------------------------------------------------------------ named points
@@ -151,6 +137,22 @@ def _fill_disk(step: int) -> None:
         original(value, path, *arguments, **keywords)
 
     torch.save = patched  # type: ignore[assignment]
+
+
+def _stop(step: int) -> None:
+    """SIGTERM after the second batch of an evaluation at `step`."""
+    from bigtrain import heartbeat
+
+    original, batches = heartbeat.beat, []
+
+    def patched() -> None:
+        original()
+        if (heartbeat._phase, heartbeat._step) == (heartbeat.EVALUATING, step):
+            batches.append(step)
+            if len(batches) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    heartbeat.beat = patched
 
 
 def _store() -> Any:

@@ -131,20 +131,21 @@ def test_what_cannot_be_cut_anew_is_refused_in_a_line(tmp_path: Path) -> None:
     arguments = {"precision": "fp32", "folder": str(tmp_path)}
     run_ranks(f"{__name__}:saving", 2, arguments | {"choices": ["fsdp2", "zero2"]})
     arguments |= {"refused": True, "optimizer": {"kind": "lion", "lr": 1e-3}}
-    pairs = [("fsdp2", "zero2"), ("zero2", "zero3")]
+    pairs = [("fsdp2", "zero2"), ("fsdp2", "fsdp2"), ("zero2", "zero3")]
     (found,) = run_ranks(f"{__name__}:continuing", 1, arguments | {"pairs": pairs})
-    assert "saved under fsdp2, whose states cannot be cut anew" in found["fsdp2 -> zero2"]["error"]
-    assert "continue as it was saved (2 ranks" in found["fsdp2 -> zero2"]["error"]
+    for target in ("zero2", "fsdp2"):
+        assert "saved under fsdp2, whose states cannot be cut anew" in found[f"fsdp2 -> {target}"]["error"]
+        assert "continue as it was saved (2 ranks" in found[f"fsdp2 -> {target}"]["error"]
     assert "its optimizer states are of AdamW, this run steps with" in found["zero2 -> zero3"]["error"]
 
 
-@pytest.mark.soak
 def test_moments_in_8_bits_move_as_they_are_or_not_at_all(tmp_path: Path) -> None:
     pytest.importorskip("torchao")
     arguments: dict[str, Any] = {"precision": "fp32", "folder": str(tmp_path), "refused": True}
     arguments |= {"optimizer": {"kind": "adamw8bit", "lr": 1e-2}}
     run_ranks(f"{__name__}:saving", 2, arguments | {"choices": ["zero2", "zero0"]})
-    pairs = [("zero2", "zero3"), ("zero0", "ddp")]
+    pairs = [("zero2", "zero2"), ("zero2", "zero3"), ("zero0", "ddp")]  # from two ranks to one
     (found,) = run_ranks(f"{__name__}:continuing", 1, arguments | {"pairs": pairs})
-    assert "quantised in blocks, which cannot be cut anew" in found["zero2 -> zero3"]["error"]
+    for target in ("zero2", "zero3"):
+        assert "quantised in blocks, which cannot be cut anew" in found[f"zero2 -> {target}"]["error"]
     assert found["zero0 -> ddp"]["wrong"] == []

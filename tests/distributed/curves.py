@@ -18,6 +18,7 @@ from bigtrain.config import Config, DecoderConfig, from_dict
 from bigtrain.engine import start
 from bigtrain.engine.base import Engine
 from bigtrain.engine.host import HostGroup
+from bigtrain.errors import BigtrainError
 from bigtrain.schedule import lr_multiplier
 
 LENGTH, GLOBAL_BATCH, MICRO_BATCH, STEPS = 32, 8, 2, 20
@@ -132,4 +133,17 @@ def resumed(choices: dict[str, dict[str, Any]], precision: str, folder: str) -> 
         half += train(built, config, host, STEPS // 2, STEPS)
         same = all(torch.equal(weights[key], tensor) for key, tensor in built.weights())
         result[name] = {"whole": whole, "resumed": half, "same_weights": same}
+    return result
+
+
+def refused(choices: dict[str, dict[str, Any]], precision: str, folder: str) -> dict[str, str]:
+    """{engine: why what `resumed` has saved cannot be loaded with this number of ranks}."""
+    join()
+    result = {}
+    for name, choice in choices.items():
+        (checkpoint,) = checkpoints(Path(folder) / name)
+        try:
+            store.load(checkpoint, build(make(choice, precision)))
+        except BigtrainError as error:
+            result[name] = str(error)
     return result

@@ -14,6 +14,7 @@ from bigtrain.launch import ops
 from tests.distributed.curves import ENGINES, NVME, ZERO, make
 from tests.distributed.ranks import run_ranks
 
+DEEPSPEED = {name: choice for name, choice in ENGINES.items() if choice["kind"] == "deepspeed"}  # offload included
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2, "fp16": 1e-2}  # relative
 
 
@@ -49,9 +50,8 @@ def test_same_loss_curve(world_size: int, precision: str, reference: list[float]
         assert curve == pytest.approx(reference, rel=TOLERANCE[precision]), f"{name} at {world_size} ranks"
 
 
-@pytest.mark.soak  # DeepSpeed's async_io takes minutes to compile
-@pytest.mark.timeout(1800)
-def test_nvme_offload(reference: list[float]) -> None:
+@pytest.fixture(scope="module")
+def async_io() -> None:
     pytest.importorskip("deepspeed")
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
@@ -59,13 +59,34 @@ def test_nvme_offload(reference: list[float]) -> None:
         pytest.skip("DeepSpeed's async_io needs the Debian package libaio-dev")
     for name in ops.missing(["async_io"], ops.extensions_dir()):  # or each rank would wait for the other's build
         ops.build(name, ops.extensions_dir(), "cpu")
+
+
+@pytest.mark.soak  # DeepSpeed's async_io takes minutes to compile
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("async_io")
+def test_nvme_offload(reference: list[float]) -> None:
     (curve,) = curves(2, "fp32", {"zero_infinity": NVME}).values()
     assert curve == pytest.approx(reference, rel=TOLERANCE["fp32"])
 
 
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@pytest.mark.usefixtures("async_io")
+def test_resume_with_nvme_offload(tmp_path: Path) -> None:
+    """Bit-identical with as many ranks, refused in a line with fewer."""
+    choice = NVME | {"nvme_path": str(tmp_path)}
+    arguments = {"choices": {"zero_infinity": choice}, "precision": "bf16", "folder": str(tmp_path)}
+    for result in run_ranks("tests.distributed.curves:resumed", 2, arguments):
+        assert result["zero_infinity"]["resumed"] == result["zero_infinity"]["whole"]
+        assert result["zero_infinity"]["same_weights"]
+    (refused,) = run_ranks("tests.distributed.curves:refused", 1, arguments)
+    assert "saved under nvme offload, whose states cannot be cut anew" in refused["zero_infinity"]
+    assert "continue as it was saved (2 ranks" in refused["zero_infinity"]
+
+
 @pytest.mark.parametrize(
     ("world_size", "precision", "choices"),
-    [(2, "fp32", ENGINES), (1, "fp32", ZERO), (2, "bf16", ZERO), (2, "fp16", {"zero2": ZERO["zero2"]})],
+    [(2, "fp32", ENGINES), (1, "fp32", ZERO), (2, "bf16", DEEPSPEED), (2, "fp16", {"zero2": ZERO["zero2"]})],
 )
 def test_resume_is_bit_identical(world_size: int, precision: str, choices: dict[str, Any], tmp_path: Path) -> None:
     if precision == "fp16" and not cpu_has_fp16():

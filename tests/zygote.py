@@ -1,0 +1,38 @@
+"""What tests' ranks are forked from: a process in which everything that a rank imports is there, and no thread is.
+
+Imported by multiprocessing's fork server alone (tests/distributed/ranks.py). Half of what a rank imports it imports
+late, when it first needs it: torch._dynamo at the first zero_grad, DeepSpeed's optimizers when they are built.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib
+import os
+
+# Read once, when torch and DeepSpeed are imported. A second thread would not survive a fork, what waits for it hangs.
+os.environ |= {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+
+from bigtrain.engine import lean
+
+lean.import_deepspeed()
+for name in (
+    "pytest",  # which every child imports that is started from a test
+    "torch._dynamo",
+    "torch.numa",
+    "torch.utils.cpp_extension",
+    "rich.progress",
+    "zstandard",
+    "bigtrain.worker",
+    "bigtrain.trainer",
+    "bigtrain.compress",
+    "bigtrain.engine.deepspeed",
+    "bigtrain.engine.accelerate",
+    "bigtrain.plan.preflight",
+    "bigtrain.tasks.causal_lm",
+):
+    with contextlib.suppress(ImportError):  # of an extra: whoever wants it will say so
+        importlib.import_module(name)
+gc.collect()
+gc.freeze()  # else each child's first collection would copy all these pages
