@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import os
 import shutil
+import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,14 +18,18 @@ import pytest
 import torch
 from scipy import stats
 
-from bigtrain import privacy
+from bigtrain import checks, privacy
+from bigtrain import config as schema
 from bigtrain.checkpoint import changes, checkpoints
 from bigtrain.checkpoint.weights import read_weights
-from bigtrain.config import Config, from_dict
+from bigtrain.config import Config, from_dict, to_dict
 from bigtrain.data.prepare_examples import prepare_examples
 from bigtrain.errors import ConfigError
+from bigtrain.launch.local import free_port
+from bigtrain.launch.train import prepare_data
 from bigtrain.model_card import model_card
 from bigtrain.privacy import Guarantee, KeyStream, Privacy
+from tests.distributed.ranks import run_ranks
 from tests.runs import bigtrain, losses, metrics, result
 from tests.test_config import composed
 
@@ -96,40 +105,53 @@ def test_noise_is_normal() -> None:
 # ----------------------------------------------------------------------------------------- bad combinations
 
 
+@pytest.fixture(scope="module")
+def recipe() -> dict[str, Any]:
+    return to_dict(composed("experiment=private"))
+
+
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("changed", "said"),
     [
-        (["train.privacy.noise_multiplier=1"], "train.privacy.target_epsilon=8.0: the noise follows from it"),
-        (["train.privacy.target_epsilon=-1"], "train.privacy.target_epsilon=-1.0: must be above 0"),
-        (["train.privacy.target_epsilon=null", "train.privacy.noise_multiplier=0"], "noise_multiplier=0.0: must be"),
-        (["train.privacy.delta=1"], "train.privacy.delta=1.0: must be above 0 and below 1"),
-        (["train.privacy.max_grad_norm=0"], "train.privacy.max_grad_norm=0.0: must be above 0"),
-        (["train.privacy.accountant=gdp"], "train.privacy.accountant='gdp': not a valid choice"),
-        (["train.privacy.target_epsilom=1"], "did you mean train.privacy.target_epsilon?"),
-        (["engine=zero2"], "take engine=accelerate"),
-        (["launch.ranks=2"], "set launch.ranks=1"),
-        (["launch.ranks=null"], "set launch.ranks=1"),
-        (["train.precision=bf16"], "train.precision='bf16': rounds the norms"),
-        (["task=masked_lm"], "task.kind='masked_lm': packs many documents"),
-        (["task=causal_lm", "model=gpt_mini"], "task.kind='causal_lm': packs many documents"),
-        (["task=question_answering"], "several windows of one context"),
-        (["task=translation", "model=transformer_tiny"], "task.kind='translation': shares one table"),
-        (["train.guard.spike=skip"], "train.guard.spike='skip'"),
-        (["train.guard.spike=rollback", "train.save_every=5"], "train.guard.spike='rollback'"),
-        (["train.guard.replay_every=2", "train.deterministic=true"], "train.guard.replay_every=2"),
-        (["train.activation_checkpointing=true"], "train.activation_checkpointing=True: runs a layer twice"),
-        (["train.compile=true"], "train.compile=True"),
-        (["train.lora.rank=2", "train.lora.dropout=0.1", "init_from=x"], "train.lora.dropout=0.1"),
-        (["compress=[prune_global]"], "compress.prune=on: learns from the examples beside the noise"),
-        (["compress=[qat_int8]"], "compress.quantize=on"),
-        (["task.adversarial=fgm"], "task.adversarial='fgm'"),
-        (["model.unpadded=true"], "model.unpadded=True: packs"),
-        (["data=labelled", "data.path=a.tsv"], "data.tokenizer.path=None: a tokenizer that is trained on the examples"),
+        ({"train.privacy.noise_multiplier": 1}, "train.privacy.target_epsilon=8.0: the noise follows from it"),
+        ({"train.privacy.target_epsilon": -1}, "train.privacy.target_epsilon=-1.0: must be above 0"),
+        ({"train.privacy.target_epsilon": None, "train.privacy.noise_multiplier": 0}, "noise_multiplier=0.0: must be"),
+        ({"train.privacy.delta": 1}, "train.privacy.delta=1.0: must be above 0 and below 1"),
+        ({"train.privacy.max_grad_norm": 0}, "train.privacy.max_grad_norm=0.0: must be above 0"),
+        ({"train.privacy.accountant": "gdp"}, "train.privacy.accountant='gdp': not a valid choice"),
+        ({"train.privacy.target_epsilom": 1}, "did you mean train.privacy.target_epsilon?"),
+        ({"engine": {"kind": "deepspeed"}}, "take engine=accelerate"),
+        ({"launch.ranks": 2}, "launch.ranks=2: differential privacy"),
+        ({"launch.ranks": None}, "set launch.ranks=1"),
+        ({"launch.nodes": 2, "launch.kind": "torchrun"}, "set launch.nodes=1"),
+        ({"train.precision": "bf16"}, "train.precision='bf16': rounds the norms"),
+        ({"task": {"kind": "masked_lm"}}, "task.kind='masked_lm': packs many documents"),
+        ({"task": {"kind": "causal_lm"}, "model": {"kind": "decoder"}}, "task.kind='causal_lm': packs many"),
+        ({"task": {"kind": "question_answering"}}, "several windows of one context"),
+        ({"task": {"kind": "translation"}, "model": {"kind": "seq2seq"}}, "task.kind='translation': shares one table"),
+        ({"train.guard.spike": "skip"}, "train.guard.spike='skip': would leave out"),
+        ({"train.guard.spike": "rollback", "train.save_every": 5}, "train.guard.spike='rollback'"),
+        ({"train.guard.replay_every": 2, "train.deterministic": True}, "train.guard.replay_every=2"),
+        ({"train.activation_checkpointing": True}, "train.activation_checkpointing=True: runs a layer twice"),
+        ({"train.compile": True}, "train.compile=True: compiles"),
+        ({"train.lora.rank": 2, "train.lora.dropout": 0.1, "init_from": "x"}, "train.lora.dropout=0.1: hides"),
+        ({"compress.prune": {}}, "compress.prune='on': learns from the examples beside the noise"),
+        ({"compress.quantize": {}}, "compress.quantize='on'"),
+        ({"task.adversarial": "fgm"}, "task.adversarial='fgm': an example's gradient"),
+        ({"model.unpadded": True}, "model.unpadded=True: packs"),
+        ({"data": {"kind": "labelled", "path": "a.tsv"}}, "data.tokenizer.path=None: a tokenizer that is trained on"),
     ],
 )
-def test_what_would_break_the_promise_is_refused(overrides: list[str], said: str) -> None:
+def test_what_would_break_the_promise_is_refused(recipe: dict[str, Any], changed: dict[str, Any], said: str) -> None:
+    data = copy.deepcopy(recipe)
+    for path, value in changed.items():
+        *sections, key = path.split(".")
+        place = data
+        for name in sections:
+            place = place[name]
+        place[key] = value
     with pytest.raises(ConfigError) as error:
-        composed("experiment=private", *overrides)
+        checks.check(from_dict(data))
     assert said in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -270,40 +292,56 @@ SMALL = [
 ]  # fmt: skip
 
 
+def uninterrupted_and_resumed(folder: str) -> list[int]:
+    """The same run twice in this process, as a rank runs it: to its end, and from its checkpoint at step 3 on."""
+    from accelerate.state import AcceleratorState
+
+    from bigtrain import worker
+
+    whole, cut = Path(folder) / "whole", Path(folder) / "cut"
+    for run in (whole, cut):
+        if run is cut:
+            shutil.copytree(whole, cut)
+            (cut / "result.json").unlink()
+            shutil.rmtree(checkpoints(cut)[-1].path)
+            os.environ["MASTER_PORT"] = str(free_port())
+            AcceleratorState._reset_state(True)
+        worker.run(schema.load(whole / "config.yaml"), run, sys.stdout, threading.Event(), time.time())
+    return [found.step for found in checkpoints(cut)]
+
+
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, data_cache: Path) -> None:
     """Draws, noise, dropout, weights and epsilon."""
-    settings = [*SMALL, "train.privacy.seed=5", f"data.cache_dir={data_cache}"]
-    said = bigtrain("train", *settings, f"run_dir={tmp_path / 'whole'}")
-    assert "privacy: epsilon 8" in said.replace("7.99", "8")
-    assert "who knows that can take it out" in said
-    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    (tmp_path / "cut" / "result.json").unlink()
-    shutil.rmtree(checkpoints(tmp_path / "cut")[-1].path)
-    assert [found.step for found in checkpoints(tmp_path / "cut")] == [3]
-    bigtrain("train", *settings, f"run_dir={tmp_path / 'cut'}")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    config = prepare_data(composed(*SMALL, "train.privacy.seed=5", f"data.cache_dir={data_cache}", f"run_dir={whole}"))
+    whole.mkdir()
+    (whole / "config.yaml").write_text(schema.dump(config))
+    assert run_ranks(f"{__name__}:uninterrupted_and_resumed", 1, {"folder": str(tmp_path)}) == [[3, 6]]
 
-    whole, cut = result(tmp_path / "whole"), result(tmp_path / "cut")
-    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
-    before, after = (read_weights(checkpoints(tmp_path / name)[-1].path) for name in ("whole", "cut"))
+    assert losses(whole) == losses(cut)
+    assert len(set(losses(whole).values())) == 6
+    before, after = (read_weights(checkpoints(run)[-1].path) for run in (whole, cut))
     assert all(torch.equal(before[name], after[name]) for name in before)
-    of_privacy = [{key: value for key, value in found.items() if key.startswith("privacy/")} for found in (whole, cut)]
-    assert of_privacy[0] == of_privacy[1]
-    assert 7.9 < whole["privacy/epsilon"] <= 8
-    assert (whole["privacy/steps"], whole["privacy/sampling"]) == (6, "poisson")
-    spent = [row["privacy/epsilon"] for row in metrics(tmp_path / "cut") if "privacy/epsilon" in row]
+    found, again = (
+        {key: value for key, value in result(run).items() if key.startswith("privacy/")} for run in (whole, cut)
+    )
+    assert found == again
+    assert 7.9 < found["privacy/epsilon"] <= 8
+    assert (found["privacy/steps"], found["privacy/sampling"]) == (6, "poisson")
+    spent = [row["privacy/epsilon"] for row in metrics(cut) if "privacy/epsilon" in row]
     assert len(spent) == 6
     assert spent == sorted(spent)
-    assert spent[-1] == whole["privacy/epsilon"]
-    run = tmp_path / "whole"
-    card = model_card(run, "x", composed(*settings), checkpoints(run)[-1].path)
-    assert "| Privacy | epsilon 8 at delta 1e-05" in card.replace("7.99", "8")
+    assert spent[-1] == found["privacy/epsilon"]
+    card = model_card(whole, "x", config, checkpoints(whole)[-1].path)
+    assert f"| Privacy | epsilon {found['privacy/epsilon']:.3g} at delta 1e-05" in card
 
 
 @pytest.mark.soak  # some minutes
 def test_the_recipe_learns_within_its_epsilon(tmp_path: Path, data_cache: Path) -> None:
     """Stopped on the way and continued: the secret lasts until then, and not longer."""
     settings = ["experiment=private", f"data.cache_dir={data_cache}", f"run_dir={tmp_path}", "logger.progress=false"]
-    bigtrain("train", *settings, "train.stop_at=10", timeout=900)
+    said = bigtrain("train", *settings, "train.stop_at=10", timeout=900)
+    assert "privacy: epsilon 8 at delta 1e-05" in said.replace("7.99", "8")
     assert (tmp_path / privacy.SECRET).stat().st_mode & 0o777 == 0o600
     bigtrain("train", *settings, timeout=900)
     assert not (tmp_path / privacy.SECRET).exists()

@@ -45,14 +45,15 @@ class PrivateEngine(AccelerateEngine):
     ) -> None:
         super().__init__(config, build_model, device)
         own_lookups(self.model)
-        self.listening = GradSampleHooks(self.model, loss_reduction="sum", strict=False)  # _checked is stricter
+        with _taken_apart():
+            self.listening = GradSampleHooks(self.model, loss_reduction="sum", strict=False)  # check_gradients is
         self.private = NoisyOptimizer(self.optimizer, privacy, config.train.global_batch)
         self.checked = False
 
     def forward_backward(self, loss_function: LossFunction, batch: Batch, scale: float, last: bool) -> LossSums:
-        if not self.checked and len(batch["tokens"]) > 1:
+        if not self.checked:
             check_gradients(self.model, self.listening, loss_function, batch)
-            self.checked = True
+            self.checked = len(batch["tokens"]) > 1  # one says nothing of how many are told apart
         sums = loss_function(self.wrapped, batch)
         sums.loss.backward()
         self.private.clip_and_accumulate()
@@ -151,11 +152,8 @@ def check_gradients(model: nn.Module, listening: GradSampleHooks, loss: LossFunc
     count = min(CHECKED, len(batch["tokens"]))
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     with _without_dropout(model):
-        try:
+        with _taken_apart():
             together = per_example_gradients(trained, model, loss, {name: x[:count] for name, x in batch.items()})
-        except (RuntimeError, ValueError, NotImplementedError, AttributeError, IndexError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise BigtrainError(f"train.privacy: Opacus cannot take this model's gradients apart ({reason})") from error
         listening.disable_hooks()
         try:
             for row in range(count):
@@ -191,6 +189,18 @@ def _compare(row: int, count: int, together: dict[str, Tensor | None], alone: di
         else:
             continue
         raise BigtrainError(f"train.privacy: {name} {problem}: clipping would not bound it; {way_out}")
+
+
+@contextlib.contextmanager
+def _taken_apart() -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ValueError, NotImplementedError, AttributeError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise BigtrainError(
+            f"train.privacy: Opacus cannot take this model's gradients apart ({reason}); train changes of low rank"
+            " (train.lora.rank=8), or not the layer that is in the way (train.freeze)"
+        ) from error
 
 
 @contextlib.contextmanager
