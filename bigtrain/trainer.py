@@ -206,16 +206,16 @@ class Trainer:
         engine, policy = self.engine, self.guard.config.spike
         if self.privacy is not None:
             self.privacy.step = self.step
-        targets = max(targets, 1)  # a private step may have drawn no example: then it is all noise
+        scale = 1 / max(targets, 1)  # a private step may have drawn no example: then it is all noise
         data_step, random = self.guard.data_step(self.step), guards.RandomState.now(engine.device)
-        step = guards.Step(self.step, micro_batches, lambda: self.train_data.samples(data_step), 1 / targets, random)
+        step = guards.Step(self.step, micro_batches, lambda: self.train_data.samples(data_step), scale, random)
         if self.guard.replays(self.step):
             guards.check_replay(step, engine, self.loss, self.host)
         nll = self._forward_backward(step)
         window.steps += 1
         if policy != "off" or self._logs(self.step + 1):
             past, now = self.host.sum(float(window.nll), float(nll))
-            loss = now / targets
+            loss = now / max(targets, 1)
             if not math.isfinite(loss):
                 engine.discard()
                 return StepOutcome(None, False), self._not_finite("train/loss", loss, step)

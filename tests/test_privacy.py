@@ -18,17 +18,18 @@ import pytest
 import torch
 from scipy import stats
 
-from bigtrain import checks, privacy
+from bigtrain import checks, privacy, verify
 from bigtrain import config as schema
 from bigtrain.checkpoint import changes, checkpoints
 from bigtrain.checkpoint.weights import read_weights
 from bigtrain.config import Config, from_dict, to_dict
 from bigtrain.data.prepare_examples import prepare_examples
-from bigtrain.errors import ConfigError
+from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.launch.local import free_port
 from bigtrain.launch.train import prepare_data
 from bigtrain.model_card import model_card
 from bigtrain.privacy import Guarantee, KeyStream, Privacy
+from bigtrain.reproduce import reproduce
 from tests.distributed.ranks import run_ranks
 from tests.runs import bigtrain, losses, metrics, result
 from tests.test_config import composed
@@ -249,6 +250,14 @@ def test_the_secret_is_its_owners_and_lasts_as_long_as_the_run(forty: Config, tm
     assert not path.exists()
     assert known.guarantee.facts(1)["privacy/noise"] == "known: follows from train.privacy.seed"
     assert privacy.begin(_with(forty, noise_multiplier=None), tmp_path) is None
+
+
+def test_a_private_run_cannot_be_repeated_but_its_stack_can_be_verified(recipe: dict[str, Any], tmp_path: Path) -> None:
+    config = from_dict(recipe)
+    (tmp_path / "config.yaml").write_text(schema.dump(config))
+    with pytest.raises(BigtrainError, match="nobody can compute them again"):
+        reproduce(tmp_path, tmp_path / "again", None, 0.0, False, print)
+    assert verify.shortened(config).train.privacy == replace(config.train.privacy, seed=0)
 
 
 # ------------------------------------------------------------------------------------------- what may change
