@@ -28,6 +28,7 @@ from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.launch.local import free_port
 from bigtrain.launch.train import prepare_data
 from bigtrain.model_card import model_card
+from bigtrain.plan import memory, sizes
 from bigtrain.privacy import Guarantee, KeyStream, Privacy
 from bigtrain.reproduce import reproduce
 from tests.distributed.ranks import run_ranks
@@ -258,6 +259,15 @@ def test_a_private_run_cannot_be_repeated_but_its_stack_can_be_verified(recipe: 
     with pytest.raises(BigtrainError, match="nobody can compute them again"):
         reproduce(tmp_path, tmp_path / "again", None, 0.0, False, print)
     assert verify.shortened(config).train.privacy == replace(config.train.privacy, seed=0)
+
+
+def test_the_plan_counts_a_gradient_for_each_example(recipe: dict[str, Any]) -> None:
+    config = from_dict(recipe)
+    config.model.vocab_size = 1024
+    size, plain = sizes.of_run(config), _with(config, target_epsilon=None)
+    with_them, without = (memory.estimate(each, 1, size, "cpu").peak for each in (config, plain))
+    assert with_them.parts["gradients"] == 4 * size.trained * 33
+    assert with_them.total > without.total + 4 * size.trained * 30
 
 
 # ------------------------------------------------------------------------------------------- what may change
