@@ -246,7 +246,7 @@ class Privacy:
 
         stream = KeyStream(self._key(b"draw", step))
         bits = np.frombuffer(stream.take(8 * self.guarantee.examples), dtype="<u8")
-        return np.flatnonzero((bits >> np.uint64(11)) * UNIFORM < self.guarantee.sampling_rate)
+        return np.flatnonzero((bits >> np.uint64(11)) * UNIFORM < self.guarantee.sampling_rate).astype(np.int64)
 
     def noise(self, sums: list[torch.Tensor]) -> list[torch.Tensor]:
         """Noise for this step's sums of clipped gradients, like them: deviation noise_multiplier * max_grad_norm."""
