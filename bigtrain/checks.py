@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from bigtrain import privacy
 from bigtrain.compress import compatibility, prune_checks
 from bigtrain.config import (
     LABELLED_TASKS,
@@ -46,6 +47,7 @@ def check(config: Config) -> None:
     _check_compress(config)
     _check_distil(config)
     _check_quantize(config)
+    privacy.check(config)
 
 
 def _positive(path: str, value: float | None, least: float = 1) -> None:

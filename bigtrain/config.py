@@ -439,6 +439,24 @@ class GuardConfig:
 
 
 @dataclass
+class PrivacyConfig:
+    """DP-SGD (arXiv 1607.00133): what the weights tell of any one training example is bounded by (epsilon, delta),
+    which the result says. On while the noise is set, or the epsilon that it is to be reckoned from. The bound is of
+    the weights: metrics of training and evaluation are as they are."""
+
+    noise_multiplier: float | None = None  # deviation of the noise, in units of max_grad_norm
+    target_epsilon: float | None = None  # after train.steps
+    delta: float = 1e-5  # below 1 / training examples
+    max_grad_norm: float = 1.0  # that each example's gradient is clipped to
+    accountant: Literal["rdp", "prv"] = "rdp"  # prv (arXiv 2106.02848) bounds more tightly, and takes seconds
+    seed: int | None = None  # None: draws and noise come from a secret of the run; a number is for tests: no privacy
+
+    @property
+    def enabled(self) -> bool:
+        return self.noise_multiplier is not None or self.target_epsilon is not None
+
+
+@dataclass
 class ProfileConfig:
     """A window of steps that is looked into (RUN_DIR/profile); 0 steps: none."""
 
@@ -465,6 +483,7 @@ class TrainConfig:
     freeze: list[str] = field(default_factory=list)  # patterns of parameters that keep their weights: ["backbone.*"]
     lora: LoRAConfig = field(default_factory=LoRAConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     layer_lr_decay: float = 1.0  # each layer's lr by this factor smaller than that of the layer above
     eval_every: int = 0  # steps; 0: only at the end
     eval_batches: int | None = None  # micro-batches per rank in an evaluation during the run; None: all

@@ -23,6 +23,7 @@ PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "tokenizers", "s
 OPTIONAL_PACKAGES = {
     "datasets": "Hugging Face datasets", "pyarrow": "parquet files", "zstandard": ".zst files",
     "torchao": "optimizer=adamw8bit, compress=qat_*",
+    "opacus": "train.privacy",
 }  # fmt: skip
 LEAST_SHARED_MEMORY = 64 * 2**20  # what a container gets by default, and NCCL finds short
 LEAST_DISK = 2 * 2**30

@@ -69,6 +69,8 @@ def model_card(run: Path, name: str, config: Config, checkpoint: Path) -> str:
         ("Checkpoint", checkpoint.name),
         ("Trained with", f"bigtrain {__version__}, engine {config.engine.kind}, {config.train.precision}"),
     ]
+    if "privacy/epsilon" in result:
+        rows.append(("Privacy", _privacy(result)))
     metrics = [
         (key, f"{value:,.6g}")
         for key, value in sorted(result.items())
@@ -87,6 +89,16 @@ def model_card(run: Path, name: str, config: Config, checkpoint: Path) -> str:
         f"## Config\n\n```yaml\n{sections}```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _privacy(result: dict[str, Any]) -> str:
+    known = "" if result["privacy/noise"] == "secret" else "; no privacy from who knows train.privacy.seed"
+    return (
+        f"epsilon {result['privacy/epsilon']:.3g} at delta {result['privacy/delta']:g} ({result['privacy/unit']}):"
+        f" DP-SGD, {result['privacy/steps']} steps, noise multiplier {result['privacy/noise_multiplier']:.4g},"
+        f" clipping norm {result['privacy/max_grad_norm']:g}, Poisson sampling at rate"
+        f" {result['privacy/sampling_rate']:.3g}, {result['privacy/accountant']} accountant{known}"
+    )
 
 
 def _result(run: Path) -> dict[str, Any]:

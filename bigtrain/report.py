@@ -380,6 +380,7 @@ RESULTS: tuple[tuple[str, str, Callable[[Any], str], int], ...] = (
     ("BLEU", "eval/bleu", _number("{:.2f}"), 1),
     ("BLEU of copying", "eval/copy_bleu", _number("{:.2f}"), 0),
     ("chrF", "eval/chrf", _number("{:.2f}"), 1),
+    ("Epsilon (privacy)", "privacy/epsilon", _number("{:.3g}"), -1),
     ("Training loss", "train/loss", _number("{:.4f}"), -1),
     ("Tokens per second", "perf/tokens_per_second", _unit(count), 1),
     ("MFU", "perf/mfu", _number("{:.1%}"), 1),

@@ -29,6 +29,11 @@ def reproduce(
     code is not that of RUN (unless `other_code`), and whatever a run can raise.
     """
     config = schema.load(run / "config.yaml")
+    if config.train.privacy.enabled and config.train.privacy.seed is None:
+        raise BigtrainError(
+            f"{run}: its draws and its noise came from a secret (train.privacy), so that nobody can compute them again;"
+            " only a run with train.privacy.seed=NUMBER, which is not private, can be reproduced"
+        )
     check_code(run, other_code, say)
     done = last_step(run)
     if not done:

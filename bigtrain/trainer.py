@@ -28,6 +28,7 @@ from bigtrain.engine.host import HostGroup
 from bigtrain.engine.unpickling import refusals
 from bigtrain.errors import BigtrainError
 from bigtrain.hooks import Hooks, RunInfo
+from bigtrain.privacy import Privacy
 from bigtrain.profile import Profiler
 from bigtrain.schedule import lr_multiplier
 from bigtrain.stragglers import ForwardTimer, Stragglers
@@ -56,10 +57,11 @@ class Trainer:
         info: RunInfo,
         stop: Event,
         transforms: Sequence[Transform] = (),
+        privacy: Privacy | None = None,
     ) -> None:
         self.config, self.run_dir, self.info = config, run_dir, info
         self.engine, self.host, self.task, self.hooks = engine, host, task, hooks
-        self.transforms = transforms
+        self.transforms, self.privacy = transforms, privacy
         self.loss: LossFunction = task.loss
         for transform in transforms:
             self.loss = transform.loss(self.loss)
@@ -204,15 +206,18 @@ class Trainer:
         Raises BigtrainError where the run cannot go on from it.
         """
         engine, policy = self.engine, self.guard.config.spike
+        if self.privacy is not None:
+            self.privacy.step = self.step
+        scale = 1 / max(targets, 1)  # a private step may have drawn no example: then it is all noise
         data_step, random = self.guard.data_step(self.step), guards.RandomState.now(engine.device)
-        step = guards.Step(self.step, micro_batches, lambda: self.train_data.samples(data_step), 1 / targets, random)
+        step = guards.Step(self.step, micro_batches, lambda: self.train_data.samples(data_step), scale, random)
         if self.guard.replays(self.step):
             guards.check_replay(step, engine, self.loss, self.host)
         nll = self._forward_backward(step)
         window.steps += 1
         if policy != "off" or self._logs(self.step + 1):
             past, now = self.host.sum(float(window.nll), float(nll))
-            loss = now / targets
+            loss = now / max(targets, 1)
             if not math.isfinite(loss):
                 engine.discard()
                 return StepOutcome(None, False), self._not_finite("train/loss", loss, step)
@@ -309,6 +314,8 @@ class Trainer:
         metrics |= self.stragglers.metrics(of_all[::2], of_all[1::2])
         for transform in self.transforms:
             metrics |= transform.metrics()
+        if self.privacy is not None:
+            metrics |= self.privacy.metrics(self.step)
         self.throughput.append(tokens_per_second)
         self.step_seconds.append(metrics["perf/step_seconds"])
         self.last_metrics = metrics

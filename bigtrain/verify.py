@@ -66,6 +66,7 @@ def shortened(config: Config) -> Config:
     train = replace(
         config.train, steps=STEPS, stop_at=None, save_every=SAVE_EVERY, eval_every=0, eval_batches=1,
         keep_checkpoints=STEPS, deterministic=True, objective="train/loss", guard=GuardConfig(),
+        privacy=replace(config.train.privacy, seed=0),  # or each run would draw and add its own
     )  # fmt: skip
     return replace(
         config,

@@ -75,7 +75,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
     """Build this rank's parts from the config and train."""
     import torch
 
-    from bigtrain import compress, models, tasks
+    from bigtrain import compress, models, privacy, tasks
     from bigtrain.checkpoint import store, transfer
     from bigtrain.data.example_loader import Share
     from bigtrain.engine import optimizers, start
@@ -124,7 +124,8 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
             model.compile()
         return model
 
-    built = start.build(config, build_model, device)
+    private = privacy.begin(config, run_dir)
+    built = start.build(config, build_model, device, private)
     for transform in transforms:
         transform.attach(built, host)
     torch.manual_seed(train.seed * 100_003 + host.rank)  # dropout differs from rank to rank
@@ -150,7 +151,9 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
         hosts=host.gather(socket.gethostname()),
     )
     per_forward = configuration.micro_batch(config, host.world_size)
-    share = Share(host.rank, host.world_size, train.global_batch, per_forward, train.seed)
+    share = Share(
+        host.rank, host.world_size, train.global_batch, per_forward, train.seed, draw=private.draw if private else None
+    )
     hooks = build_hooks(config, host.rank, terminal)
     trainer = Trainer(
         config=config,
@@ -163,6 +166,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
         hooks=hooks,
         info=info,
         stop=stop,
+        privacy=private,
     )
     if host.rank == 0:
         (run_dir / "tokenizer").mkdir(exist_ok=True)  # so that the run stands on its own
@@ -183,6 +187,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
         heartbeat.phase(heartbeat.ENDING)
         result |= (
             task.facts()
+            | (private.guarantee.facts(trainer.step) if private else {})
             | preflight.predicted(run_dir)
             | {
                 "model/parameters": info.parameters,
@@ -197,6 +202,8 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
         )
         if host.rank == 0:
             write_atomic(run_dir / "result.json", json.dumps(result, indent=1))
+            if result["status"] == "finished":
+                privacy.forget(run_dir)
             hooks.on_end(result)
     except BaseException as error:
         hooks.on_failure(error)

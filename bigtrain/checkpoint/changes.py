@@ -40,6 +40,7 @@ _REFUSED = {
     "optimizer.kind": "its states would mean nothing to another optimizer",
     "train.seed": "the order of the data follows it: samples would be seen again and others never",
     "train.lora": "the weights would not fit",
+    "train.privacy": "the epsilon is that of one noise, one clipping norm and one set of examples",
     "train.freeze": "what is trained has states, what is frozen has none",
     "compress": "the weights would mean something else",
     "init_from": "the run has weights of its own already",
@@ -70,6 +71,12 @@ def compare(before: Config, now: Config) -> list[Change]:
         old["data (fingerprint)"], new["data (fingerprint)"] = (
             Path(config.data.prepared_dir or "").name for config in (before, now)
         )
+        if now.train.privacy.enabled:
+            old["train.privacy (examples)"], new["train.privacy (examples)"] = (
+                config["data (fingerprint)"] for config in (old, new)
+            )
+    if now.train.privacy.target_epsilon is not None:  # which the noise follows from
+        old["train.privacy (train.steps)"], new["train.privacy (train.steps)"] = before.train.steps, now.train.steps
     return [
         _judged(key, old.get(key), new.get(key), now)
         for key in dict.fromkeys([*old, *new])

@@ -38,6 +38,7 @@ class Share:
     micro_batch: int  # of one forward on one rank
     seed: int
     shift: int = 0  # a step's sequences begin at step * global_batch + shift: the global batch was once another
+    draw: Callable[[int], NDArray[np.int64]] | None = None  # the examples of a step, where it is not all in their turn
 
 
 class ExampleTrainLoader:
@@ -69,6 +70,27 @@ class ExampleTrainLoader:
         batches = drawn[np.argsort(self._lengths[drawn], kind="stable")].reshape(GROUPED, share.global_batch)
         key = np.full(GROUPED, share.seed * 1_000_003 + span, dtype=np.uint64)
         return batches[permute(np.arange(GROUPED, dtype=np.uint64), GROUPED, key).astype(np.int64)]
+
+
+class DrawnTrainLoader:
+    """Every training step of one rank, of the examples that `share.draw` draws for it: sometimes none, and seldom as
+    many as the step before. Each micro-batch but the last is full, and of texts alike in length."""
+
+    def __init__(self, examples: Examples, collate: Collate, share: Share) -> None:
+        assert share.draw is not None
+        assert share.world_size == 1
+        self._examples, self._collate, self._share = examples, collate, share
+        self._draw, self._lengths = share.draw, examples.lengths()
+
+    def batches(self, step: int) -> list[Batch]:
+        random = np.random.default_rng((self._share.seed, step, self._share.rank))
+        return [self._collate([_row(self._examples, row) for row in part], random) for part in self.samples(step)]
+
+    def samples(self, step: int) -> list[list[int]]:
+        """The numbers of the examples in each of these micro-batches."""
+        drawn, size = self._draw(step), self._share.micro_batch
+        ordered = drawn[np.argsort(self._lengths[drawn], kind="stable")].tolist()
+        return [ordered[first : first + size] for first in range(0, len(ordered), size)]
 
 
 class ExampleEvalLoader:

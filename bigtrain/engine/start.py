@@ -14,6 +14,7 @@ from bigtrain.config import Config, DeepSpeedConfig
 from bigtrain.engine import unpickling
 from bigtrain.engine.base import Engine
 from bigtrain.models import cpu_bf16
+from bigtrain.privacy import Privacy
 
 
 def init_distributed(device_type: str, timeout_seconds: int) -> torch.device:
@@ -42,8 +43,14 @@ def set_default_timeout(seconds: int) -> None:
     distributed_c10d.default_pg_nccl_timeout = timeout  # type: ignore[attr-defined]
 
 
-def build(config: Config, build_model: Callable[[], nn.Module], device: torch.device) -> Engine:
+def build(
+    config: Config, build_model: Callable[[], nn.Module], device: torch.device, privacy: Privacy | None = None
+) -> Engine:
     """The engine that `config.engine` asks for, around the model that `build_model` makes."""
+    if privacy is not None:
+        from bigtrain.engine.private import PrivateEngine
+
+        return PrivateEngine(config, build_model, device, privacy)
     if isinstance(config.engine, DeepSpeedConfig):
         from bigtrain.engine.deepspeed import DeepSpeedEngine
 

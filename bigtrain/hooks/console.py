@@ -106,6 +106,7 @@ HEADLINES = {
     "eval/sentence_accuracy": "sentence accuracy",
     "eval/exact_match": "exact match",
     "eval/chrf": "chrF",
+    "privacy/epsilon": "epsilon",
 }
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigtrain import checks, encryption, hardware
+from bigtrain import checks, encryption, hardware, privacy
 from bigtrain import config as schema
 from bigtrain.checkpoint import changes
 from bigtrain.checkpoint.changes import Change
@@ -85,6 +85,8 @@ def train(config: Config, say: Callable[[str], None], continue_command: Callable
             from bigtrain.compress import teacher
 
             teacher.check(config)
+        if config.train.privacy.enabled:
+            say(privacy.guarantee(config).line(config.train.steps))
         listed = _check_changes(config, before, found)
         if found is not None:
             changes.check_tokenizer(found.path.parents[1], config.data.prepared_dir)

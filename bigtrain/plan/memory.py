@@ -399,6 +399,8 @@ def _accelerate(config: Config, ranks: int, sizes: Sizes, found: Activations, de
     cast = 0 if config.train.precision == "fp32" else 2 * sizes.total
     saved = found.saved(config.train.activation_checkpointing)
     working = {"gathered": cast, "activations": saved, "logits": found.head_peak}
+    if config.train.privacy.enabled:  # one for each example, and the sum of the clipped ones
+        working["gradients"] = 4 * trained * (micro_batch(config, ranks) + 1)
     moments = (
         Moment("loss", states | held | working),
         Moment("update", states | held | {"gradients": 4 * trained, "temporary": 4 * trained}),

@@ -15,11 +15,19 @@ from torch import Tensor, nn
 from bigtrain import models
 from bigtrain.batch import Batch
 from bigtrain.config import Config, EncoderConfig, ModelConfig
-from bigtrain.data.example_loader import ExampleEvalLoader, ExampleTrainLoader, Rows, Share, pad, stack
+from bigtrain.data.example_loader import (
+    DrawnTrainLoader,
+    ExampleEvalLoader,
+    ExampleTrainLoader,
+    Rows,
+    Share,
+    pad,
+    stack,
+)
 from bigtrain.data.examples import Examples, load_examples
 from bigtrain.models import Encoder
 from bigtrain.models.network import Network
-from bigtrain.tasks.base import Totals
+from bigtrain.tasks.base import Totals, TrainLoader
 
 
 class WithHead(Network):
@@ -98,8 +106,11 @@ class LabelledTask(ABC):
     def prediction(self, row: Any) -> dict[str, Any]:
         """A row of the predictions file, of what `join` gave for a record."""
 
-    def train_loader(self, share: Share) -> ExampleTrainLoader:
-        return ExampleTrainLoader(Examples(self.data, "train"), self.collate, share)
+    def train_loader(self, share: Share) -> TrainLoader:
+        examples = Examples(self.data, "train")
+        if share.draw is not None:
+            return DrawnTrainLoader(examples, self.collate, share)
+        return ExampleTrainLoader(examples, self.collate, share)
 
     def held_out(self, share: Share, max_batches: int | None = None) -> Iterable[Batch]:
         return ExampleEvalLoader(Examples(self.data, "held_out"), self.collate, share, max_batches)
