@@ -35,7 +35,9 @@ class Sparse:
     ) -> None:
         AcceleratorState._reset_state(True)
         self.left_out = training.get("left_out", [])  # steps whose gradient is not finite
-        training = {key: value for key, value in training.items() if key != "left_out"}
+        backend = training.get("backend") or "inductor"
+        training = {key: value for key, value in training.items() if key not in ("left_out", "backend")}
+        torch._dynamo.reset()
         config = make(engine, training.get("precision", "fp32"))
         self.host, self.config = host, replace(config, train=replace(config.train, **training))
         self.prune = Prune(section(PruneConfig, {"schedule": vars(RAMP)} | prune, "compress.prune"))
@@ -45,7 +47,7 @@ class Sparse:
             built = models.build(MODEL)
             self.prune.apply(built)
             if self.config.train.compile:
-                built.compile()
+                built.compile(backend=backend)
             return built
 
         self.engine = start.build(self.config, model, torch.device("cpu"))

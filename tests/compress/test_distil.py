@@ -26,6 +26,7 @@ from bigtrain.data.example_loader import Share
 from bigtrain.engine.host import HostGroup
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.launch import train as launch
+from tests.distributed.ranks import run_ranks
 
 SHARE = Share(0, 1, 4, 4, 0)
 ALPHA, T = 0.4, 2.0
@@ -240,6 +241,26 @@ def test_a_student_begins_with_the_layers_that_it_learns_from(parts: Any) -> Non
         number = name.split(".")[1] if name.startswith("blocks.") else ""
         source = name.replace("blocks.1.", "blocks.2.") if number == "1" else name
         assert torch.equal(parameter, theirs[source]), name
+
+
+def test_accumulation_and_resuming_change_nothing(parts: Any, tmp_path: Path) -> None:
+    """Logits and hidden states, under ZeRO-2: two micro-batches a step teach what one of both does, and a run that is
+    continued what one that never stopped does, to the last bit."""
+    data = schema.to_dict(parts("causal_lm").with_teacher(hidden=1.0))
+    data |= {
+        "train": data["train"] | {"micro_batch": 2, "steps": 5},
+        "engine": {"kind": "deepspeed", "stage": 2},
+        "optimizer": {"kind": "adamw", "lr": 1e-3},
+    }
+    changes = {"at once": {"micro_batch": 4}}
+    arguments = {"config": data, "changes": changes, "folder": str(tmp_path), "saved": 3, "end": 5}
+    (found,) = run_ranks("tests.compress.composed:continued", 1, arguments)
+    told = found["told"]
+    assert found["resumed"] == told[3:]
+    for name in ("loss", "train/distil_loss"):
+        assert [line[name] for line in found["at once"]] == pytest.approx([line[name] for line in told], rel=1e-4)
+        assert len({line[name] for line in told}) == 5
+        assert min(line[name] for line in told) > 0
 
 
 # ------------------------------------------------------------------------------------------------- refusals
