@@ -14,6 +14,7 @@ from bigtrain import compress, tasks
 from bigtrain.checkpoint import checkpoints
 from bigtrain.checkpoint.find import Keep
 from bigtrain.checkpoint.store import Saver, load
+from bigtrain.compress.base import apply
 from bigtrain.compress.prune import Prune
 from bigtrain.compress.quantize import Quantize
 from bigtrain.compress.quantize import trained as trained_quantized
@@ -21,6 +22,7 @@ from bigtrain.config import Config, from_dict, micro_batch
 from bigtrain.data.example_loader import Share
 from bigtrain.engine import start
 from bigtrain.engine.host import HostGroup
+from bigtrain.errors import BigtrainError
 from bigtrain.schedule import lr_multiplier
 from tests.distributed.curves import join
 
@@ -38,8 +40,7 @@ class Run:
         def model() -> nn.Module:
             torch.manual_seed(config.train.seed)
             built: Any = self.task.build_model(config.model)
-            for transform in self.transforms:
-                built = transform.apply(built) or built
+            built = apply(self.transforms, built)
             if config.train.compile:
                 built.compile()
             return built
@@ -121,19 +122,16 @@ def continued(
     config: dict[str, Any], changes: dict[str, dict[str, Any]], folder: str, saved: int, end: int
 ) -> dict[str, Any]:
     """A run to `end`, once as it is (`told`), once saved at `saved` and continued by another with the same settings
-    (`resumed`), and once with each of `changes` to its train section from the beginning. The states of the
-    transforms at `saved`, in the run that went on and in the one that loaded them."""
+    (`resumed`), and from the beginning with each of `changes`, {name: {section: {key: value}}}."""
     host = join()
     run = Run(host, from_dict(config))
     told = run.steps(saved)
     run.save(Path(folder))
-    states = run.states()
     told += run.steps(end)
-    again = Run(host, from_dict(config)).resume(Path(folder))
-    loaded = again.states()
-    found = {"told": told, "resumed": again.steps(end), "states": states, "loaded": loaded}
+    found = {"told": told, "resumed": Run(host, from_dict(config)).resume(Path(folder)).steps(end)}
     for name, change in changes.items():
-        found[name] = Run(host, from_dict(config | {"train": config["train"] | change})).steps(end)
+        changed = {section: config[section] | settings for section, settings in change.items()}
+        found[name] = Run(host, from_dict(config | changed)).steps(end)
     return found
 
 
@@ -147,6 +145,10 @@ def sealed(first: dict[str, Any], following: dict[str, Any], folder: str, saved:
     again = Run(host, from_dict(following)).resume(Path(folder))
     loaded = again.states()
     told += again.steps(end)
+    try:
+        late = str(apply(again.transforms, again.engine.model))
+    except BigtrainError as error:
+        late = str(error)
     zeros = total = 0
     weights = dict(again.engine.weights())
     prune = next(transform for transform in again.transforms if isinstance(transform, Prune))
@@ -157,7 +159,7 @@ def sealed(first: dict[str, Any], following: dict[str, Any], folder: str, saved:
     scales = trained_quantized(again.config, checkpoint.path)
     assert scales is not None
     return {
-        "told": told, "states": states, "loaded": loaded, "zeros": zeros, "total": total,
+        "told": told, "states": states, "loaded": loaded, "zeros": zeros, "total": total, "late": late,
         "quantized": sorted(name for name, scale in scales.scales.items() if scale is not None and scale.numel()),
         "layers": sorted(next(t for t in again.transforms if isinstance(t, Quantize)).layers),
     }  # fmt: skip

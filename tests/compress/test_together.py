@@ -118,6 +118,10 @@ def test_masks_and_scales_are_sealed_and_come_back_at_another_stage(trained_run:
     assert {name.split()[0] for name in found["states"]} == {"prune", "quantize"}
     assert found["quantized"] == found["layers"] != []
     assert found["zeros"] == round(0.75 * found["total"])
+    assert found["late"] == (
+        "compress.prune: asked for after the model was sharded; transforms come first, where the model is built"
+        " (build_model of bigtrain.engine.start.build)"
+    )
     size = found["total"]
     ramp = [0, 1 / 3, 2 / 3, 1, 1, 1]
     assert [line["compress/sparsity"] for line in found["told"]] == [round(0.75 * at * size) / size for at in ramp]
