@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState
-from torch import nn
+from torch import Tensor, nn
 
 from bigtrain import compress, tasks
 from bigtrain.checkpoint import checkpoints
@@ -93,7 +93,7 @@ class Run:
 
     def states(self) -> dict[str, list[float]]:
         """{transform's tensor: its numbers}"""
-        found = {}
+        found: dict[str, Tensor] = {}
         for transform in self.transforms:
             found |= {f"{transform.name} {name}": tensor for name, tensor in transform.state().items()}
         return {name: tensor.flatten().tolist() for name, tensor in found.items()}
