@@ -16,6 +16,7 @@ from bigtrain.compress.prune import Prune
 from bigtrain.compress_config import PruneConfig
 from bigtrain.config import DecoderConfig, EncoderConfig, from_dict
 from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.hardware import cpu_has_fp16
 from tests.distributed.curves import ENGINES
 from tests.distributed.ranks import run_ranks
 
@@ -33,8 +34,6 @@ def test_sparsity_is_exact_at_every_step() -> None:
     cases = {f"global {name}": [choice, BF16, GLOBAL] for name, choice in CHOICES.items()} | {
         "left out zero1": [CHOICES["zero1"], BF16 | {"left_out": [2, 4]}, GLOBAL],
         "left out zero3": [CHOICES["zero3"], BF16 | {"left_out": [2, 4]}, GLOBAL],
-        "fp16 zero2": [CHOICES["zero2"], {"precision": "fp16", "left_out": [3]}, GLOBAL],
-        "fp16 zero3": [CHOICES["zero3"], {"precision": "fp16", "left_out": [3]}, GLOBAL],
         "groups zero2": [CHOICES["zero2"], GROUPS, GLOBAL],
         "groups zero3": [CHOICES["zero3"], GROUPS, {"scope": "layer"}],
         "movement zero1": [CHOICES["zero1"], BF16, {"method": "movement"}],
@@ -46,6 +45,11 @@ def test_sparsity_is_exact_at_every_step() -> None:
         "2:4 zero2_offload": [CHOICES["zero2_offload"], BF16, {"pattern": "2:4", "scope": "layer"}],
         "2:4 zero3": [CHOICES["zero3"], BF16, {"pattern": "2:4", "scope": "layer"}],
     }
+    if cpu_has_fp16():  # where the loss scale overflows by itself, too
+        cases |= {
+            f"fp16 {name}": [CHOICES[name], {"precision": "fp16", "left_out": [3]}, GLOBAL]
+            for name in ("zero2", "zero3")
+        }
     half = {"scope": "layer", "schedule": {"kind": "constant", "begin": 1}}
     judged = {
         f"{method} by definition {name}": [CHOICES[name], {}, half | {"method": method}]
