@@ -4,8 +4,8 @@
     python benchmarks/compress_sst2.py --model $M --train sst2-train.tsv --test sst2-dev.tsv --out sst2
 
     dense     `bigtrain train experiment=finetune`, for --epochs
-    sparse    from the dense one, 50% and 80% of the linear layers' weights held at zero, trained on with it as teacher
-              (logits and hidden states) for --recover-epochs, more and more of them over the first part of that
+    sparse    from the dense one, half of the linear layers' weights held at zero, more and more of them over the first
+              part of --recover-epochs, with the dense one as teacher (logits and hidden states); from that, 80%
     half      half of its layers, distilled: logits and hidden states
     + int8    each of them with int8 weights and inputs (PTQ, dynamic), without training
 
@@ -52,8 +52,8 @@ def main() -> None:
     parser.add_argument("--train", type=Path, required=True, help="examples to train on")
     parser.add_argument("--test", type=Path, required=True, help="examples to measure on")
     parser.add_argument("--out", type=Path, required=True, help="directory for the runs and the numbers")
-    parser.add_argument("--epochs", type=float, default=3, help="of the dense one")
-    parser.add_argument("--recover-epochs", type=float, default=3, help="of each that trains on")
+    parser.add_argument("--epochs", type=float, default=2, help="of the dense one")
+    parser.add_argument("--recover-epochs", type=float, default=1.5, help="of each that trains on")
     parser.add_argument("--steps", type=int, help="instead of epochs; a few to see that it works")
     parser.add_argument("--lr", type=float, default=LR)
     parser.add_argument("--ranks", type=int, default=2)
@@ -93,28 +93,34 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         "experiment=finetune", f"data.path={arguments.train.resolve()}",
         f"data.held_out_path={arguments.test.resolve()}", f"task.max_length={MAX_LENGTH}",
         f"train.seed={arguments.seed}", "train.eval_every=0", f"train.global_batch={BATCH}",
-        f"optimizer.lr={arguments.lr}", f"launch.ranks={arguments.ranks}", "logger=quiet",
-        f"launch.threads_per_rank={arguments.threads or 'null'}", f"data.cache_dir={out}/cache",
+        f"launch.ranks={arguments.ranks}", "logger=quiet", f"data.cache_dir={out}/cache",
+        f"launch.threads_per_rank={arguments.threads or 'null'}",
     ]  # fmt: skip
 
-    def steps(epochs: float) -> list[str]:
-        number = arguments.steps or round(epochs * examples / BATCH)
-        return [f"train.steps={number}", f"schedule.warmup_steps={number // 10}"]
+    def steps(epochs: float) -> int:
+        return int(arguments.steps or round(epochs * examples / BATCH))
+
+    def paced(number: int, lr: float = arguments.lr) -> list[str]:
+        return [f"train.steps={number}", f"schedule.warmup_steps={number // 10}", f"optimizer.lr={lr}"]
 
     dense = out / "dense"
-    train(dense, *common, *steps(arguments.epochs), f"model.path={arguments.model.resolve()}")
-    taught = [
-        *common, *steps(arguments.recover_epochs), f"model.path={dense}", f"compress.distil.teacher={dense}",
-        "compress.distil.alpha=0.7", "compress.distil.hidden=1",
-    ]  # fmt: skip
-    for sparsity in (0.5, 0.8):
-        train(
-            out / f"sparse-{sparsity:g}", *taught, "compress=[prune_global,distil]",
-            f"compress.prune.sparsity={sparsity}",
-        )  # fmt: skip
+    train(dense, *common, *paced(steps(arguments.epochs)), f"model.path={arguments.model.resolve()}")
+    number = steps(arguments.recover_epochs)
+    taught = [*common, f"compress.distil.teacher={dense}", "compress.distil.alpha=0.7", "compress.distil.hidden=1"]
     train(
-        out / "half", *taught, "compress=[distil]", f"model.n_layers={layers // 2}",
-        "compress.distil.init_from_teacher=true",
+        out / "sparse-0.5", *taught, *paced(number), f"model.path={dense}", "compress=[prune_global,distil]",
+        "compress.prune.sparsity=0.5",
+    )  # fmt: skip
+    # From the half sparse one, at half the rate and in small bites: straight from the dense one it forgets everything.
+    longer = steps(arguments.recover_epochs * 4 / 3)
+    train(
+        out / "sparse-0.8", *taught, *paced(longer, arguments.lr / 2), f"model.path={out / 'sparse-0.5'}",
+        "compress=[prune_global,distil]", "compress.prune.sparsity=0.8",
+        f"compress.prune.schedule={{begin: 0, end: {round(0.65 * longer)}, every: 2}}",
+    )  # fmt: skip
+    train(
+        out / "half", *taught, *paced(number), f"model.path={dense}", f"model.n_layers={layers // 2}",
+        "compress=[distil]", "compress.distil.init_from_teacher=true",
     )  # fmt: skip
     rows: list[dict[str, Any]] = []
     for name in ("dense", "sparse-0.5", "sparse-0.8", "half"):
