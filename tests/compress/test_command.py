@@ -54,7 +54,6 @@ def test_the_numbers_are_those_of_the_models(compressed: Path, source: Path) -> 
     assert dense["parameters"] == sum(tensor.numel() for tensor in weights.values())
     assert dense["disk_bytes"] == (newest(source) / "model.safetensors").stat().st_size  # type: ignore[operator]
     assert half["disk_bytes"] == pytest.approx(dense["disk_bytes"], rel=0.01)  # zeros are not packed
-    assert found["wanda=0.25+int8"]["disk_bytes"] < 0.9 * dense["disk_bytes"]
     matrices = {name for name in weights if name.startswith("blocks.") and weights[name].dim() == 2}
     kept = read_weights(newest(compressed / "magnitude-0.5"))  # type: ignore[arg-type]
     pruned = sum(int((kept[name] == 0).sum()) for name in matrices)
