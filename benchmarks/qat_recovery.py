@@ -65,7 +65,13 @@ def seed_rows(seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
             qat, seed, arguments.steps, "compress=[qat_int4]", f"compress.quantize.group_size={size or 'null'}",
             f"compress.quantize.start={arguments.steps // 2}", *arguments.settings,
         )  # fmt: skip
-        row = {"group": size or "row", "seed": seed, "dense": dense, "ptq": loss(name, quantized), "qat": loss(qat)}
+        row: dict[str, Any] = {
+            "group": size or "row",
+            "seed": seed,
+            "dense": dense,
+            "ptq": loss(name, quantized),
+            "qat": loss(qat),
+        }
         row["recovered"] = (row["ptq"] - row["qat"]) / (row["ptq"] - dense)
         rows.append(row)
         print(
