@@ -3,7 +3,9 @@
     python benchmarks/qat_recovery.py --seeds 3 --steps 600
 
 dense: the run as it is; ptq: its weights quantized when it is finished; qat: a run of as many steps, the second half of
-them with quantized weights. Held-out loss of each on the same data; recovered = (ptq - qat) / (ptq - dense).
+them with quantized weights. Held-out loss of each on the same data; recovered = (ptq - qat) / (ptq - dense). A scale
+for each 32 weights of a row loses little in a model this small, one for the whole row (--group-sizes 0) far more: both
+are measured, each against its own loss. What follows `--` are settings of the runs, as on bigtrain's command line.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 from bigtrain import config as configuration
 from bigtrain import tasks
@@ -23,18 +27,19 @@ from bigtrain.compress_config import QuantizeConfig
 from bigtrain.data.example_loader import Share
 from bigtrain.evaluate import measure
 
-QUANTIZED = QuantizeConfig(bits=4, group_size=32)
-
 
 def train(run: Path, seed: int, steps: int, *overrides: str) -> None:
     command = [
         sys.executable, "-m", "bigtrain.cli", "train", "experiment=tiny", "logger=quiet", f"train.seed={seed}",
-        f"train.steps={steps}", "train.eval_every=0", "launch.ranks=1", f"run_dir={run}", *overrides,
+        f"train.steps={steps}", "train.eval_every=0", "launch.ranks=1", "launch.threads_per_rank=1",
+        f"run_dir={run}", *overrides,
     ]  # fmt: skip
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{(done.stdout + done.stderr)[-3000:]}")
 
 
-def loss(run: Path, post_training: bool = False) -> float:
+def loss(run: Path, post_training: QuantizeConfig | None = None) -> float:
     """Held-out, with the weights that the run trained with, or with them quantized now."""
     config, checkpoint = configuration.load(run / "config.yaml"), newest(run)
     assert checkpoint is not None
@@ -42,34 +47,60 @@ def loss(run: Path, post_training: bool = False) -> float:
     model, device = inference.load(
         lambda: as_trained(task.build_model(config.model), config, checkpoint), checkpoint, "cpu"
     )
-    if post_training:
-        quantize(model, scheme_of(QUANTIZED), QUANTIZED.include, QUANTIZED.exclude, "benchmark")
+    if post_training is not None:
+        quantize(model, scheme_of(post_training), post_training.include, post_training.exclude, "benchmark")
     return task.metrics(measure(task, model, Share(0, 1, 32, 32, config.train.seed), device))["eval/loss"]
+
+
+def seed_rows(seed: int, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each size of groups; the dense run is the same for all."""
+    name = arguments.runs / f"dense-{seed}"
+    train(name, seed, arguments.steps, *arguments.settings)
+    dense = loss(name)
+    rows = []
+    for size in arguments.group_sizes:
+        quantized = QuantizeConfig(bits=4, group_size=size or None)
+        qat = arguments.runs / f"qat-{size}-{seed}"
+        train(
+            qat, seed, arguments.steps, "compress=[qat_int4]", f"compress.quantize.group_size={size or 'null'}",
+            f"compress.quantize.start={arguments.steps // 2}", *arguments.settings,
+        )  # fmt: skip
+        row: dict[str, Any] = {
+            "group": size or "row",
+            "seed": seed,
+            "dense": dense,
+            "ptq": loss(name, quantized),
+            "qat": loss(qat),
+        }
+        row["recovered"] = (row["ptq"] - row["qat"]) / (row["ptq"] - dense)
+        rows.append(row)
+        print(
+            f"int4, {f'groups of {size}' if size else 'whole rows':13s} seed {seed}: dense {dense:.4f}"
+            f"  ptq {row['ptq']:.4f} ({row['ptq'] - dense:+.4f})  qat {row['qat']:.4f} ({row['qat'] - dense:+.4f})"
+            f"  recovered {row['recovered']:.0%}",
+            flush=True,
+        )
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--group-sizes", type=int, nargs="+", default=[32, 0], help="0: one scale for a whole row")
     parser.add_argument("--runs", type=Path, default=Path("runs/qat_recovery"))
     parser.add_argument("--out", type=Path, default=Path("qat_recovery.json"))
-    arguments, overrides = parser.parse_known_args()
-    rows = []
-    for seed in range(arguments.seeds):
-        dense, qat = arguments.runs / f"dense-{seed}", arguments.runs / f"qat-{seed}"
-        train(dense, seed, arguments.steps, *overrides)
-        train(
-            qat, seed, arguments.steps, "compress=[qat_int4]", f"compress.quantize.start={arguments.steps // 2}",
-            *overrides,
-        )  # fmt: skip
-        row = {"seed": seed, "dense": loss(dense), "ptq": loss(dense, post_training=True), "qat": loss(qat)}
-        row["recovered"] = (row["ptq"] - row["qat"]) / (row["ptq"] - row["dense"])
-        rows.append(row)
-        print("  ".join(f"{name} {value:.4f}" for name, value in row.items()), flush=True)
-    recovered = [row["recovered"] for row in rows]
-    found = {"rows": rows, "recovered_median": statistics.median(recovered), "recovered_least": min(recovered)}
-    arguments.out.write_text(json.dumps(found, indent=1))
-    print(f"recovered: {found['recovered_median']:.0%} in the median, {found['recovered_least']:.0%} at least")
+    parser.add_argument("settings", nargs="*", help="after --: the runs' settings")
+    arguments = parser.parse_args()
+    began = time.perf_counter()
+    rows = [row for seed in range(arguments.seeds) for row in seed_rows(seed, arguments)]
+    summary = {}
+    for size in arguments.group_sizes:
+        found = [row["recovered"] for row in rows if row["group"] == (size or "row")]
+        summary[str(size or "row")] = {"recovered_median": statistics.median(found), "recovered_least": min(found)}
+        print(f"recovered, {size or 'row'}: {statistics.median(found):.0%} in the median, {min(found):.0%} at least")
+    print(f"{time.perf_counter() - began:.0f} s")
+    arguments.out.write_text(json.dumps({"steps": arguments.steps, "rows": rows, "summary": summary}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
 
     from bigtrain import compress, models, privacy, tasks
     from bigtrain.checkpoint import store, transfer
+    from bigtrain.compress.base import apply as apply_transforms
     from bigtrain.data.example_loader import Share
     from bigtrain.engine import optimizers, start
     from bigtrain.engine.host import HostGroup
@@ -113,8 +114,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
         if train.lora.rank:
             add_lora(model, train.lora, new)
         optimizers.freeze(model, train.freeze)
-        for transform in transforms:
-            model = transform.apply(model) or model
+        model = apply_transforms(transforms, model)
         trained = sum(
             getattr(parameter, "ds_numel", parameter.numel())
             for parameter in model.parameters()

@@ -240,8 +240,9 @@ def load(checkpoint: Checkpoint, engine: Engine, transforms: Sequence[Transform]
     """
     with encryption.readable(checkpoint.path) as path:
         compress.load(transforms, path, checkpoint.path)
-        if reshard.needed(checkpoint, engine):
-            reshard.load(replace(checkpoint, path=path), engine)
+        opened = replace(checkpoint, path=path)
+        if reshard.needed(opened, engine):
+            reshard.load(opened, engine)
             return
         engine.load(path)
         state = torch.load(path / _random_name(engine.rank), weights_only=True)

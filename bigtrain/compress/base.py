@@ -61,6 +61,22 @@ class Transform:
         return model
 
 
+def apply(transforms: Iterable[Transform], model: nn.Module) -> nn.Module:
+    """All of them, in order, on a model that no engine has yet.
+
+    Raises BigtrainError for one that an engine has: what it has sharded, or given an optimizer, would not be the model
+    that is trained then. ConfigError as each `Transform.apply` does.
+    """
+    for transform in transforms:
+        if getattr(model, "in_engine", False):
+            raise BigtrainError(
+                f"compress.{transform.name}: asked for after the model was sharded; transforms come first, where the"
+                " model is built (build_model of bigtrain.engine.start.build)"
+            )
+        model = transform.apply(model) or model
+    return model
+
+
 def path_in(checkpoint: Path, transform: Transform) -> Path:
     return checkpoint / FOLDER / f"{transform.name}.safetensors"
 

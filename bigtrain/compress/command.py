@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bigtrain import config as schema
 from bigtrain import evaluate, tasks
@@ -26,6 +26,7 @@ from bigtrain.export import export_quantized
 from bigtrain.files import write_atomic
 from bigtrain.launch import Stopped
 from bigtrain.launch import train as launch
+from bigtrain.models.stored import StoredTensors
 from bigtrain.worker import LABELS
 
 DENSE = "dense"
@@ -103,6 +104,9 @@ class Bench:
         checkpoint = newest(source)
         assert checkpoint is not None
         self.checkpoint = checkpoint
+        # What is written has the type of what it is made of, or bytes could not be compared; inference is in another.
+        stored = StoredTensors(checkpoint)
+        self.dtype = stored.tensor(stored.names[0]).dtype
 
     def check(self, wanted: Recipe) -> None:
         """Raises ConfigError for what this model does not have, as far as it shows without its weights."""
@@ -146,15 +150,17 @@ class Bench:
         batches = self.batches() if self.options.by != "magnitude" else []
         found = structure.importances(model, self.options.by, batches, self.task.loss)
         kept = structure.choose(self.config.model, wanted.cut, found)
-        named = ((name, parameter.detach()) for name, parameter in model.named_parameters())
-        smaller, tensors = structure.shrink(self.config.model, kept, named)
+        smaller, tensors = structure.shrink(self.config.model, kept, self._named(model))
         config = replace(self.config, model=smaller)
         model_directory.write(directory, config, smaller, tensors, self.source / "tokenizer", self.labels())
         return config
 
     def _write(self, directory: Path, config: Config, model: nn.Module) -> None:
-        named = ((name, parameter.detach()) for name, parameter in model.named_parameters())
+        named = self._named(model)
         model_directory.write(directory, config, config.model, named, self.source / "tokenizer", self.labels())
+
+    def _named(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        return ((name, parameter.detach().to(self.dtype)) for name, parameter in model.named_parameters())
 
     def _recovered(self, wanted: Recipe, directory: Path, config: Config) -> tuple[Path, Config]:
         """Train on, as the run was, from what the recipe has left, and with its zeros held."""

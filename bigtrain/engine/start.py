@@ -54,7 +54,10 @@ def build(
     if isinstance(config.engine, DeepSpeedConfig):
         from bigtrain.engine.deepspeed import DeepSpeedEngine
 
-        return DeepSpeedEngine(config, build_model, device)
-    from bigtrain.engine.accelerate import AccelerateEngine
+        built: Engine = DeepSpeedEngine(config, build_model, device)
+    else:
+        from bigtrain.engine.accelerate import AccelerateEngine
 
-    return AccelerateEngine(config, build_model, device)
+        built = AccelerateEngine(config, build_model, device)
+    built.model.in_engine = True  # type: ignore[assignment]  # too late for transforms (compress/base.py)
+    return built

@@ -22,7 +22,7 @@ from bigtrain.config import section
 from bigtrain.engine import start
 from bigtrain.engine.host import HostGroup
 from bigtrain.errors import BigtrainError
-from tests.distributed.curves import GLOBAL_BATCH, MODEL, join, loss, make, sequences, train
+from tests.distributed.curves import GLOBAL_BATCH, MICRO_BATCH, MODEL, join, loss, make, sequences, train
 
 RAMP = RampConfig("linear", begin=1, end=4, every=1)
 
@@ -35,7 +35,9 @@ class Sparse:
     ) -> None:
         AcceleratorState._reset_state(True)
         self.left_out = training.get("left_out", [])  # steps whose gradient is not finite
-        training = {key: value for key, value in training.items() if key != "left_out"}
+        backend = training.get("backend") or "inductor"
+        training = {key: value for key, value in training.items() if key not in ("left_out", "backend")}
+        torch._dynamo.reset()
         config = make(engine, training.get("precision", "fp32"))
         self.host, self.config = host, replace(config, train=replace(config.train, **training))
         self.prune = Prune(section(PruneConfig, {"schedule": vars(RAMP)} | prune, "compress.prune"))
@@ -45,7 +47,7 @@ class Sparse:
             built = models.build(MODEL)
             self.prune.apply(built)
             if self.config.train.compile:
-                built.compile()
+                built.compile(backend=backend)
             return built
 
         self.engine = start.build(self.config, model, torch.device("cpu"))
@@ -109,10 +111,51 @@ class Sparse:
         return hashlib.sha256(b"".join(packed[name].numpy().tobytes() for name in sorted(packed))).hexdigest()
 
 
-def walk(cases: dict[str, list[dict[str, Any]]]) -> dict[str, list[str]]:
-    """{case: what is wrong}, of (engine, training, pruning) each, trained through the whole ramp and beyond."""
+def walk(
+    cases: dict[str, list[dict[str, Any]]], judged: dict[str, list[dict[str, Any]]] | None = None
+) -> dict[str, list[str]]:
+    """{case: what is wrong}, of (engine, training, pruning) each, trained through the whole ramp and beyond; of
+    `judged`, after one step in which weights do not move, which went that should not have."""
     host = join()
-    return {name: Sparse(host, *case).begin().steps(6) for name, case in cases.items()}
+    found = {name: Sparse(host, *case).begin().steps(6) for name, case in cases.items()}
+    return found | {name: judge(Sparse(host, *case).begin()) for name, case in (judged or {}).items()}
+
+
+def judge(sparse: Sparse) -> list[str]:
+    """Wanda and movement by their definitions, on a plain model and the whole batch, beside what the engine has chosen:
+    half of each row by |w| times its input's norm; half of each layer by -w times its gradient."""
+    host, prune = sparse.host, sparse.prune
+    tokens, targets = sequences(0)
+    share = GLOBAL_BATCH // host.world_size
+    torch.manual_seed(0)
+    plain = models.build(MODEL)
+    squares: dict[str, Tensor] = {}
+
+    def hear(name: str) -> Any:
+        return lambda _, inputs: squares.update({name: inputs[0].detach().flatten(0, 1).square().sum(0)})
+
+    for layer in prune.layers:
+        plain.get_submodule(layer.module).register_forward_pre_hook(hear(layer.module))
+    loss(plain, {"tokens": tokens, "targets": targets}).loss.backward()
+    for row in range(host.rank * share, (host.rank + 1) * share, MICRO_BATCH):
+        rows = slice(row, row + MICRO_BATCH)
+        last = row + MICRO_BATCH == (host.rank + 1) * share
+        sparse.engine.forward_backward(loss, {"tokens": tokens[rows], "targets": targets[rows]}, 1e-3, last)
+    sparse.engine.step(0.0)
+    prune.update(1)
+    wrong = []
+    for name, keep in sparse.keeps().items():
+        weight = plain.get_parameter(name)
+        assert weight.grad is not None
+        if prune.config.method == "wanda":
+            scores = weight.abs() * squares[name.removesuffix(".weight")].sqrt()
+        else:
+            scores = (-weight * weight.grad).view(1, -1)
+        half = scores.shape[1] // 2
+        wanted = torch.ones_like(scores).scatter_(1, scores.argsort(dim=1)[:, :half], 0).view_as(keep)
+        if int((wanted != keep).sum()) > 1e-3 * keep.numel() or int(keep.sum()) != keep.numel() // 2:
+            wrong.append(f"{name}: {int((wanted != keep).sum())} of {keep.numel()} are others")
+    return wrong
 
 
 def same_weights(

@@ -10,8 +10,8 @@ import torch
 
 from bigtrain import config as schema
 from bigtrain.checkpoint import newest
-from bigtrain.checkpoint.weights import read_weights
-from bigtrain.compress import command, recipe
+from bigtrain.checkpoint.weights import iterate_weights, read_weights
+from bigtrain.compress import command, model_directory, recipe
 from bigtrain.compress.command import Options
 from bigtrain.compress.recipe import parse
 from bigtrain.compress.structure import Cut
@@ -27,9 +27,19 @@ def quiet(_: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def compressed(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run with weights in bfloat16, as runs of that precision have them."""
+    weights = iterate_weights(newest(trained_run))  # type: ignore[arg-type]
+    halved = ((name, tensor.bfloat16()) for name, tensor in weights)
+    config = schema.load(trained_run / "config.yaml")
+    out = tmp_path_factory.mktemp("source") / "run"
+    return model_directory.write(out, config, config.model, halved, trained_run / "tokenizer", None)
+
+
+@pytest.fixture(scope="module")
+def compressed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("compressed") / "out"
-    command.run(trained_run, ["magnitude=0.5", "wanda=0.25+int8", "heads=1+neurons=0.5+layers=1"], out, QUICK, quiet)
+    command.run(source, ["magnitude=0.5", "wanda=0.25+int8", "heads=1+neurons=0.5+layers=1"], out, QUICK, quiet)
     return out
 
 
@@ -37,12 +47,13 @@ def rows(out: Path) -> dict[str, dict]:
     return {row["recipe"]: row for row in json.loads((out / "compress.json").read_text())["rows"]}
 
 
-def test_the_numbers_are_those_of_the_models(compressed: Path, trained_run: Path) -> None:
+def test_the_numbers_are_those_of_the_models(compressed: Path, source: Path) -> None:
     found = rows(compressed)
     dense, half, cut = found["dense"], found["magnitude=0.5"], found["heads=1+neurons=0.5+layers=1"]
-    weights = read_weights(newest(trained_run))  # type: ignore[arg-type]
+    weights = read_weights(newest(source))  # type: ignore[arg-type]
     assert dense["parameters"] == sum(tensor.numel() for tensor in weights.values())
-    assert dense["disk_bytes"] == (newest(trained_run) / "model.safetensors").stat().st_size  # type: ignore[operator]
+    assert dense["disk_bytes"] == (newest(source) / "model.safetensors").stat().st_size  # type: ignore[operator]
+    assert half["disk_bytes"] == pytest.approx(dense["disk_bytes"], rel=0.01)  # zeros are not packed
     matrices = {name for name in weights if name.startswith("blocks.") and weights[name].dim() == 2}
     kept = read_weights(newest(compressed / "magnitude-0.5"))  # type: ignore[arg-type]
     pruned = sum(int((kept[name] == 0).sum()) for name in matrices)

@@ -25,7 +25,9 @@ from bigtrain.config import Config
 from bigtrain.data.example_loader import Share
 from bigtrain.engine.host import HostGroup
 from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.export import export
 from bigtrain.launch import train as launch
+from tests.distributed.ranks import run_ranks
 
 SHARE = Share(0, 1, 4, 4, 0)
 ALPHA, T = 0.4, 2.0
@@ -240,6 +242,38 @@ def test_a_student_begins_with_the_layers_that_it_learns_from(parts: Any) -> Non
         number = name.split(".")[1] if name.startswith("blocks.") else ""
         source = name.replace("blocks.1.", "blocks.2.") if number == "1" else name
         assert torch.equal(parameter, theirs[source]), name
+
+
+def test_accumulation_resuming_and_where_the_teacher_is_change_nothing(parts: Any, tmp_path: Path) -> None:
+    """Logits and hidden states, under ZeRO-2: two micro-batches a step teach what one of both does, a run that is
+    continued what one that never stopped does, to the last bit, and a teacher that is sharded, or a Hugging Face
+    directory, what one that is a run's whole copy does."""
+    these = parts("causal_lm")
+    data = schema.to_dict(these.with_teacher(hidden=1.0))
+    data |= {
+        "train": data["train"] | {"micro_batch": 2, "steps": 5},
+        "engine": {"kind": "deepspeed", "stage": 2},
+        "optimizer": {"kind": "adamw", "lr": 1e-3},
+    }
+    told_by = data["compress"]["distil"]
+    exported = export(these.path, tmp_path / "hf")
+    changes = {
+        "at once": {"train": {"micro_batch": 4}},
+        "sharded": {"compress": {"distil": told_by | {"teacher_sharded": True}}},
+        "exported": {"compress": {"distil": told_by | {"teacher": str(exported)}}},
+    }
+    teacher.check(these.with_teacher(teacher=str(exported)))
+    arguments = {"config": data, "changes": changes, "folder": str(tmp_path), "saved": 3, "end": 5}
+    (found,) = run_ranks("tests.compress.composed:continued", 1, arguments)
+    told = found["told"]
+    assert found["resumed"] == told[3:]
+    for name in ("loss", "train/distil_loss"):
+        for change in changes:
+            assert [line[name] for line in found[change]] == pytest.approx([line[name] for line in told], rel=1e-4), (
+                change
+            )
+        assert len({line[name] for line in told}) == 5
+        assert min(line[name] for line in told) > 0
 
 
 # ------------------------------------------------------------------------------------------------- refusals

@@ -9,12 +9,14 @@ import pytest
 from torch import nn
 
 from bigtrain import models
+from bigtrain.checks import check
 from bigtrain.compress import base
 from bigtrain.compress.layers import choose
 from bigtrain.compress.prune import Prune
 from bigtrain.compress_config import PruneConfig
-from bigtrain.config import DecoderConfig, EncoderConfig
+from bigtrain.config import DecoderConfig, EncoderConfig, from_dict
 from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.hardware import cpu_has_fp16
 from tests.distributed.curves import ENGINES
 from tests.distributed.ranks import run_ranks
 
@@ -27,7 +29,8 @@ GROUPS = {"layer_lr_decay": 0.5}  # a parameter group for each layer
 
 def test_sparsity_is_exact_at_every_step() -> None:
     """Zeros counted in the weights of a forward pass, against the schedule: global and by layer, N:M, all methods,
-    accumulation (two micro-batches a step), several parameter groups, and steps that are left out."""
+    accumulation (two micro-batches a step), several parameter groups, and steps that are left out. And what the
+    methods choose is what their papers define."""
     cases = {f"global {name}": [choice, BF16, GLOBAL] for name, choice in CHOICES.items()} | {
         "left out zero1": [CHOICES["zero1"], BF16 | {"left_out": [2, 4]}, GLOBAL],
         "left out zero3": [CHOICES["zero3"], BF16 | {"left_out": [2, 4]}, GLOBAL],
@@ -42,8 +45,18 @@ def test_sparsity_is_exact_at_every_step() -> None:
         "2:4 zero2_offload": [CHOICES["zero2_offload"], BF16, {"pattern": "2:4", "scope": "layer"}],
         "2:4 zero3": [CHOICES["zero3"], BF16, {"pattern": "2:4", "scope": "layer"}],
     }
-    for wrong in run_ranks("tests.compress.sparse:walk", 2, {"cases": cases}):
-        assert wrong == {name: [] for name in cases}
+    if cpu_has_fp16():  # where the loss scale overflows by itself, too
+        cases |= {
+            f"fp16 {name}": [CHOICES[name], {"precision": "fp16", "left_out": [3]}, GLOBAL]
+            for name in ("zero2", "zero3")
+        }
+    half = {"scope": "layer", "schedule": {"kind": "constant", "begin": 1}}
+    judged = {
+        f"{method} by definition {name}": [CHOICES[name], {}, half | {"method": method}]
+        for method, name in (("wanda", "zero2"), ("wanda", "zero3"), ("movement", "zero1"), ("movement", "zero3"))
+    }
+    for wrong in run_ranks("tests.compress.sparse:walk", 2, {"cases": cases, "judged": judged}):
+        assert wrong == {name: [] for name in cases | judged}
 
 
 PRUNES = {
@@ -144,6 +157,31 @@ def test_heads_stay_whole_by_default() -> None:
 def test_what_the_model_does_not_have(prune: PruneConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Prune(prune).apply(decoder())
+
+
+@pytest.mark.parametrize(
+    ("prune", "message"),
+    [
+        ({"sparsity": 1.0}, "compress.prune.sparsity=1.0: must be at least 0 and below 1"),
+        ({"sparsity": -0.1}, "compress.prune.sparsity=-0.1: must be at least 0 and below 1"),
+        ({"pattern": "4:2", "scope": "layer"}, "compress.prune.pattern='4:2': is no N:M with 0 < N < M; 2:4 or 4:8"),
+        ({"pattern": "half", "scope": "layer"}, "compress.prune.pattern='half': is no N:M"),
+        ({"method": "wanda"}, "compress.prune.scope='global': wanda compares weights of a row"),
+        ({"include": []}, "compress.prune.include=[]: names no layer"),
+        ({"schedule": {"begin": 5, "end": 4}}, "compress.prune.schedule.end=4: lies before"),
+        ({"schedule": {"begin": -1}}, "compress.prune.schedule.begin=-1: must be at least 0"),
+        ({"schedule": {"every": 0}}, "compress.prune.schedule.every=0: must be at least 1"),
+        ({"schedule": {"kind": "multi_step", "steps": [4, 2], "fractions": [0.5, 1.0]}}, "steps=[4, 2]: must rise"),
+        ({"schedule": {"kind": "multi_step", "steps": [2, 4], "fractions": [0.5, 0.9]}}, "must rise from at least"),
+        ({"schedule": {"kind": "multi_step", "steps": [2], "fractions": []}}, "fractions=[]: as many as"),
+        ({"schedule": {"kind": "linear", "steps": [2]}}, "is for kind=multi_step, not linear"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be(prune: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        check(from_dict({"compress": {"prune": prune}}))
+    assert message in str(raised.value)
+    assert "\n" not in str(raised.value)
 
 
 def test_what_is_frozen_is_not_pruned() -> None:

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 
 from bigtrain.checkpoint import newest
 from bigtrain.checkpoint.weights import read_weights
-from bigtrain.config import DecoderConfig
+from bigtrain.config import DecoderConfig, load, to_dict
 from bigtrain.models import huggingface
 from bigtrain.models.huggingface import names
+from tests.distributed.ranks import run_ranks
 from tests.runs import TINY, bigtrain, command, losses, metrics, result
 
 STEPS = 12
@@ -94,3 +95,37 @@ def _check_packed(directory: Path, gone: dict[str, torch.Tensor]) -> None:
         whole = torch.cat([integers[f"model.{theirs}"] for theirs in rules[name].theirs])
         assert not whole[mask].any(), name
         assert whole.any()
+
+
+def test_masks_and_scales_are_sealed_and_come_back_at_another_stage(trained_run: Path, tmp_path: Path) -> None:
+    """With `train.encryption`: nothing of the transforms lies in the clear, and whoever has the key goes on from it."""
+    key = tmp_path / "key"
+    key.write_text("5a" * 32)
+    key.chmod(0o600)
+    first = to_dict(load(trained_run / "config.yaml"))
+    first |= {
+        "train": first["train"] | {"steps": 6, "encryption": {"key_file": str(key)}},
+        "engine": {"kind": "deepspeed", "stage": 2},
+        "compress": {
+            "prune": {"sparsity": 0.75, "schedule": {"kind": "linear", "begin": 1, "end": 4, "every": 1}},
+            "quantize": {"bits": 4, "group_size": GROUP, "start": 1, "freeze": 2},
+        },
+    }
+    following = first | {"engine": {"kind": "deepspeed", "stage": 3}}
+    arguments = {"first": first, "following": following, "folder": str(tmp_path / "run"), "saved": 3, "end": 6}
+    found, _ = run_ranks("tests.compress.composed:sealed", 2, arguments)
+    assert found["loaded"] == found["states"]
+    assert {name.split()[0] for name in found["states"]} == {"prune", "quantize"}
+    assert found["quantized"] == found["layers"] != []
+    assert found["zeros"] == round(0.75 * found["total"])
+    assert found["late"] == (
+        "compress.prune: asked for after the model was sharded; transforms come first, where the model is built"
+        " (build_model of bigtrain.engine.start.build)"
+    )
+    size = found["total"]
+    ramp = [0, 1 / 3, 2 / 3, 1, 1, 1]
+    assert [line["compress/sparsity"] for line in found["told"]] == [round(0.75 * at * size) / size for at in ramp]
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    written = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
+    assert {"compress/prune.safetensors.enc", "compress/quantize.safetensors.enc"} <= written
+    assert {name for name in written if not name.endswith(".enc")} == {"manifest.json", "encryption.json"}
