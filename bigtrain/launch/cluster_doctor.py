@@ -13,8 +13,8 @@ import yaml
 
 from bigtrain.config import Config
 from bigtrain.errors import BigtrainError
-from bigtrain.launch import bandwidth, cluster, nodes
-from bigtrain.launch.cluster import Backend
+from bigtrain.launch import bandwidth, nodes, survey
+from bigtrain.launch.layout import Backend
 from bigtrain.launch.nodes import Node
 from bigtrain.provenance import code_sha256, differences, versions
 
@@ -43,7 +43,7 @@ def examine(config: Config, backend: Backend, cluster_file: Path | None, say: Ca
                 good = False
             try:
                 times = [(node.host, fact["time"]) for node, fact in zip(there, facts, strict=True)]
-                cluster.check_clocks(times, before, after, config.launch.clock_seconds)
+                survey.check_clocks(times, before, after, config.launch.clock_seconds)
             except BigtrainError as error:
                 say(f"missing: {error}")
                 good = False
@@ -59,7 +59,7 @@ def examine(config: Config, backend: Backend, cluster_file: Path | None, say: Ca
             say(str(cluster_file))
         return good and not problems
     finally:
-        cluster.close(there)
+        nodes.close(there)
 
 
 def _table(hosts: Sequence[str], facts: Sequence[dict[str, Any]]) -> str:
@@ -87,7 +87,7 @@ def _pairs(
     for first, second in itertools.combinations(there, 2):
         pair = (first, second)
         try:
-            address, port, interfaces = cluster.meet(config, pair)
+            address, port, interfaces = survey.meet(config, pair)
             common = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "WORLD_SIZE": "2", "DS_ACCELERATOR": device}
             ways = dict(zip(pair, interfaces, strict=True))
             nodes.ask(pair, "bandwidth", lambda node, common=common, ways=ways, first=first: {

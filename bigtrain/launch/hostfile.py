@@ -16,8 +16,8 @@ from bigtrain.config import Config, LaunchConfig
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.files import write_atomic
 from bigtrain.hardware import Placement
-from bigtrain.launch import cluster, dryrun, local, nodes
-from bigtrain.launch.cluster import Layout
+from bigtrain.launch import cluster, dryrun, local, nodes, survey
+from bigtrain.launch.layout import Layout
 from bigtrain.launch.nodes import Node
 from bigtrain.launch.supervise import LAUNCH_ID
 
@@ -158,7 +158,7 @@ class Hostfile:
             self.placement = self.assumed(config.launch)
         else:
             self.backend.check()
-            self.placement = cluster.place(config, self.backend, say)
+            self.placement = survey.place(config, self.backend, say)
 
     def assumed(self, launch: LaunchConfig) -> Placement:
         """What the file and this machine let expect of the nodes; nobody is asked."""

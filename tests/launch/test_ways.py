@@ -15,7 +15,7 @@ import yaml
 from bigtrain.config import LaunchConfig
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.launch import cores, environment, hostfile, rank
-from bigtrain.launch.cluster import check_clocks
+from bigtrain.launch.survey import check_clocks
 from bigtrain.launch.train import train
 from bigtrain.launch.ways import resolved, way
 from bigtrain.provenance import differences
