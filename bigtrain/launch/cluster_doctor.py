@@ -18,6 +18,8 @@ from bigtrain.launch.layout import Backend
 from bigtrain.launch.nodes import Node
 from bigtrain.provenance import code_sha256, differences, versions
 
+EXAMINE_SECONDS = 90.0  # to import torch and deepspeed on a busy node and try a compiler
+
 
 def examine(config: Config, backend: Backend, cluster_file: Path | None, say: Callable[[str], None]) -> bool:
     """Say what each node has and measure the network. Returns whether a run could start on them.
@@ -49,6 +51,8 @@ def examine(config: Config, backend: Backend, cluster_file: Path | None, say: Ca
                 good = False
         for line in silent:
             say(f"missing: {line}")
+        for line in _examined(there, facts):
+            say(line)
         measured, problems = _pairs(config, there, facts)
         for line in problems:
             say(f"missing: {line}")
@@ -60,6 +64,26 @@ def examine(config: Config, backend: Backend, cluster_file: Path | None, say: Ca
         return good and not problems
     finally:
         nodes.close(there)
+
+
+def _examined(there: Sequence[Node], facts: Sequence[dict[str, Any]]) -> list[str]:
+    """What is wrong with each node's GPUs, and which of DeepSpeed's native ops it can build."""
+    device = _device(facts)
+    nodes.ask(there, "examine", device=device)
+    limit, found = time.monotonic() + EXAMINE_SECONDS, []
+    for node in there:
+        answer = nodes.answer_of(node, "examine_done", there, limit) or {"error": "no answer"}
+        if "error" in answer:
+            found.append(f"note: {node.host}: its GPUs and native ops are not known: {answer['error']}")
+            continue
+        found += [f"note: {node.host}: {line}" for line in answer["gpu_problems"]]
+        states = ", ".join(f"{name} {state}" for name, state in answer["ops"].items())
+        found.append(f"{node.host}: native ops: {states}")
+    return found
+
+
+def _device(facts: Sequence[dict[str, Any]]) -> str:
+    return "cuda" if facts and all(fact["gpus"] and not fact["torch_is_cpu_build"] for fact in facts) else "cpu"
 
 
 def _table(hosts: Sequence[str], facts: Sequence[dict[str, Any]]) -> str:
@@ -81,7 +105,7 @@ def _pairs(
     config: Config, there: Sequence[Node], facts: Sequence[dict[str, Any]]
 ) -> tuple[dict[tuple[str, str], dict[str, float]], list[str]]:
     """What each two nodes measure together, a pair at a time so that none slows another's."""
-    device = "cuda" if facts and all(fact["gpus"] and not fact["torch_is_cpu_build"] for fact in facts) else "cpu"
+    device = _device(facts)
     measured: dict[tuple[str, str], dict[str, float]] = {}
     problems = []
     for first, second in itertools.combinations(there, 2):

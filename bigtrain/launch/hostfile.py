@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from bigtrain.launch.supervise import LAUNCH_ID
 
 RANK = "bigtrain.launch.rank"
 PROGRAMS = {"pdsh": "pdsh", "openmpi": "ompi_info", "mpich": "mpirun"}  # what the deepspeed launcher looks for
+MPIRUN_SAYS = {"openmpi": "Open MPI", "mpich": "HYDRA"}  # of its version; both call their starter mpirun
 _LINE = re.compile(r"(?P<host>[\w.-]+)\s+slots=(?P<slots>\d+)\s*(#.*)?")
 # Variables that the deepspeed launcher would write into the command line of every node, with quotes that do not hold.
 _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL", "FI_", "LD_LIBRARY_PATH", "CUDA")
@@ -91,6 +93,14 @@ class HostfileBackend:
                 "launch.runner", self.launch.runner, f"{program} is not installed here",
                 f"install it (Debian: apt-get install {package})",
             )  # fmt: skip
+        if self.launch.runner in MPIRUN_SAYS:
+            done = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+            said = (done.stdout + done.stderr).strip()
+            if MPIRUN_SAYS[self.launch.runner] not in said:
+                raise ConfigError(
+                    "launch.runner", self.launch.runner, f"mpirun here is another's ({said.partition(chr(10))[0]})",
+                    "put its own first in PATH (Debian: update-alternatives --config mpirun)",
+                )  # fmt: skip
         if shutil.which("ssh") is None:
             raise BigtrainError("ssh is not installed here; install it (Debian: apt-get install openssh-client)")
         for name, value in (
@@ -121,8 +131,7 @@ class HostfileBackend:
     def words(self, layout: Layout, folder: Path) -> list[str]:
         options = {
             "pdsh": "-N",  # no host's name before each line
-            "openmpi": f"--bind-to none --mca btl_tcp_if_include {layout.interfaces[0] or 'lo'}"
-            f" --mca oob_tcp_if_include {layout.interfaces[0] or 'lo'}",
+            "openmpi": "--bind-to none" + (" --allow-run-as-root" if os.geteuid() == 0 else ""),  # as ssh and pdsh do
             "mpich": "",
         }[self.launch.runner]
         return [
