@@ -122,6 +122,16 @@ class Host:
         _run("ip", "-n", self.space, "link", "set", "eth0", "up")
 
     @contextlib.contextmanager
+    def slowed(self, megabits_per_second: int) -> Iterator[None]:
+        """All that it sends goes no faster (tc: a token bucket)."""
+        shape = ["tbf", "rate", f"{megabits_per_second}mbit", "burst", "64kb", "latency", "400ms"]
+        _run("tc", "-n", self.space, "qdisc", "add", "dev", "eth0", "root", *shape)
+        try:
+            yield
+        finally:
+            _run("tc", "-n", self.space, "qdisc", "del", "dev", "eth0", "root")
+
+    @contextlib.contextmanager
     def sees(self, instead: Path, of: Path) -> Iterator[None]:
         """On this host alone, `instead` lies where `of` is."""
         (sshd, *_) = self.running("/usr/sbin/sshd")

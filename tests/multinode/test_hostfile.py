@@ -127,12 +127,16 @@ def test_what_is_wrong_before_the_start_is_one_line(cluster: Cluster, base: list
     assert cluster.leftovers() == []
 
 
+def doctor(cluster: Cluster, file: Path) -> subprocess.CompletedProcess[str]:
+    words = command("doctor", "--launch", "hostfile", "--hostfile", str(cluster.hostfile), "--ssh-config",
+                    f"{cluster.folder}/ssh_config", "--cluster-file", str(file))  # fmt: skip
+    return subprocess.run(cluster.inside(*words), capture_output=True, text=True, timeout=200)
+
+
 def test_the_doctor_looks_at_every_host_and_the_network_between(cluster: Cluster, tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text("device: {name: CPU}\nnodes: 1\ninter_node_gb_per_second: 1.0\nsource: {disk_gib: measured}\n")
-    words = command("doctor", "--launch", "hostfile", "--hostfile", str(cluster.hostfile), "--ssh-config",
-                    f"{cluster.folder}/ssh_config", "--cluster-file", str(file))  # fmt: skip
-    done = subprocess.run(cluster.inside(*words), capture_output=True, text=True, timeout=120)
+    done = doctor(cluster, file)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"^h1 +\d+ +\d+ GiB", done.stdout, re.MULTILINE)
     assert re.search(r"^h2: native ops: cpu_adam (built|can be built), async_io ", done.stdout, re.MULTILINE)
@@ -142,6 +146,20 @@ def test_the_doctor_looks_at_every_host_and_the_network_between(cluster: Cluster
     assert 0 < found["inter_node_gb_per_second"] != 1.0
     assert found["inter_node_latency_us"] > 0
     assert set(found["source"]) == {"disk_gib", "inter_node_gb_per_second", "inter_node_latency_us"}
+
+
+@pytest.mark.soak
+def test_a_slow_link_is_measured_and_changes_no_loss(
+    cluster: Cluster, base: list[str], tmp_path: Path, alone: dict[int, float]
+) -> None:
+    with cluster.hosts[1].slowed(200):
+        done = doctor(cluster, tmp_path / "cluster.yaml")
+        assert done.returncode == 0, done.stdout + done.stderr
+        code, out, error = stopped_after(cluster.train(*base, "train.steps=6"))
+    found = yaml.safe_load((tmp_path / "cluster.yaml").read_text())["inter_node_gb_per_second"]
+    assert 0.01 < found < 0.03  # 0.025 GB/s is the link's
+    assert code == 0, out + error
+    assert losses(tmp_path / "run") == alone
 
 
 @pytest.mark.soak
