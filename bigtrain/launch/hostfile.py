@@ -134,11 +134,13 @@ class HostfileBackend:
             "openmpi": "--bind-to none" + (" --allow-run-as-root" if os.geteuid() == 0 else ""),  # as ssh and pdsh do
             "mpich": "",
         }[self.launch.runner]
+        # With mpich deepspeed runs a helper of its own, and --module would make python look for that as a module.
+        started = [str(Path(__file__).with_name("rank.py"))] if self.launch.runner == "mpich" else ["--module", RANK]
         return [
             sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={folder}/hostfile", "--force_multi",
             f"--launcher={self.launch.runner}", f"--launcher_args={options}", "--no_ssh_check", "--no_local_rank",
             f"--master_addr={layout.master_address}", f"--master_port={layout.master_port}", "--log_level=critical",
-            "--module", RANK, "--files", layout.files,
+            *started, "--files", layout.files,
         ]  # fmt: skip
 
     def variables(self, folder: Path) -> dict[str, str]:
