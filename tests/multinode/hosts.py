@@ -134,8 +134,8 @@ class Host:
     @contextlib.contextmanager
     def sees(self, instead: Path, of: Path) -> Iterator[None]:
         """On this host alone, `instead` lies where `of` is."""
-        (sshd, *_) = self.running("/usr/sbin/sshd")
-        inside = ["nsenter", f"--target={sshd.pid}", "--mount"]
+        sshd = next(process for process in self.processes() if process.name() == "sshd")
+        inside = ["nsenter", f"--target={sshd.pid}", "--mount", "--pid"]
         _run(*inside, "mount", "--bind", str(instead), str(of))
         try:
             yield
