@@ -33,6 +33,7 @@ from bigtrain.launch.supervise import (
 )  # fmt: skip
 
 REPORT_LAG_SECONDS = 1.5  # what an agent sees is known here by then
+QUIET_SECONDS = 3.0  # without a report: whether that node is lost comes out soon, and till then no rank is blamed
 _LAUNCHER_LOG = re.compile(rb"^\[\d{4}-[^]]*\] \[\w+\] \[\w+\.py:")  # deepspeed's launcher speaks of itself on stdout
 
 
@@ -128,7 +129,8 @@ def watch(
         if ending.signals > 1 or now >= deadline or (ending.signals and not came):
             ending.killed = bool(alive) or status is None
             return
-        ending.hang = hangs.look(alive, set(ending.ranks))
+        if all(now - node.heard < QUIET_SECONDS for node in there):
+            ending.hang = hangs.look(alive, set(ending.ranks))
         if ending.hang is not None:
             ending.killed = True
             return

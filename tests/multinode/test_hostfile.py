@@ -274,6 +274,8 @@ def test_random_kills_stop_everything_in_time(
     assert error.startswith("bigtrain: error: "), error
     assert error.count("\n") == 1, error
     assert seconds < ALL_STOPPED_SECONDS
+    if way in ("agent", "node", "unplugged", "link down"):
+        assert f"host {host.name} was lost" in error  # not a rank that waits for it, nor one there
 
 
 def mpirun_of(implementation: str, folder: Path) -> str | None:
