@@ -16,7 +16,7 @@ from typing import Literal
 
 from bigtrain import hardware
 from bigtrain.errors import BigtrainError
-from bigtrain.launch import ops
+from bigtrain.launch import gpu_health, ops
 
 PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "tokenizers", "safetensors", "hydra-core", "omegaconf",
             "wandb", "matplotlib")  # fmt: skip
@@ -116,6 +116,9 @@ def _processor() -> Iterator[Finding]:
         yield Finding(
             f"GPU {gpu.index}", "good", f"{gpu.name}, {gpu.memory_gib:.0f} GiB, compute capability {capability}, {bf16}"
         )
+    for line in gpu_health.problems():
+        name, _, problem = line.partition(": ")
+        yield Finding(name, "note", problem, "nvidia-smi -q, dmesg")
     if gpus and hardware.torch_is_cpu_build():
         yield Finding("torch for GPUs", "missing", "a CPU build", "pip install torch from an index with CUDA builds")
     if not gpus:

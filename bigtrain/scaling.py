@@ -237,6 +237,8 @@ def lines(ladder: Ladder) -> list[str]:
         f"loss = {law.E:.4g} + {law.A:.4g} / N^{law.a:.3f} + {law.B:.4g} / D^{law.b:.3f}, of {len(ladder.points)} runs"
     ]
     found.append("  " + ", ".join(f"{name} {low:.3g} to {high:.3g}" for name, (low, high) in intervals.items()))
+    if math.log(law.E) < BOUNDS[2][0] + 0.01:
+        found.append("  E is at the end of its search: runs as small as these do not show where the loss would stay")
     for check in ladder.checks:
         assert check.error is not None
         assert check.measured is not None
@@ -255,14 +257,15 @@ def lines(ladder: Ladder) -> list[str]:
 
 def draw(ladder: Ladder) -> bytes:
     """Loss over parameters, a line for each ratio of tokens to parameters; the largest size as it was predicted too."""
-    ratios = sorted({_rounded(point.ratio) for point in ladder.points})
-    sizes = np.array([point.parameters for point in ladder.points])
+    from matplotlib.ticker import MaxNLocator, NullLocator
+
+    groups = by_ratio(ladder.points)
+    sizes = np.array(sorted({point.parameters for point in ladder.points}))
     grid = np.geomspace(sizes.min(), NEXT * sizes.max(), 80)
 
     def lines(axes: Any) -> None:
-        for at, ratio in enumerate(ratios):
+        for at, (ratio, mine) in enumerate(groups):
             colour = report.COLOURS[at % len(report.COLOURS)]
-            mine = [point for point in ladder.points if _rounded(point.ratio) == ratio]
             axes.plot([point.parameters for point in mine], [point.loss for point in mine], "o", color=colour,
                       label=f"{ratio:g} tokens per parameter")  # fmt: skip
             axes.plot(grid, [ladder.fit.law.loss(n, n * ratio) for n in grid], color=colour, linewidth=1.4)
@@ -274,6 +277,11 @@ def draw(ladder: Ladder) -> bytes:
         axes.plot([], [], "*", color=report.INK, label="predicted, not trained")
         axes.set_xscale("log")
         axes.set_yscale("log")
+        axes.set_xticks(sizes, [count(size) for size in sizes])
+        axes.yaxis.set_major_locator(MaxNLocator(6))
+        axes.yaxis.set_major_formatter("{x:g}")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_minor_locator(NullLocator())
         axes.set_xlabel("parameters")
         axes.set_ylabel("held-out loss, nats per token")
         axes.legend(fontsize=9, labelcolor=report.INK)
@@ -281,8 +289,18 @@ def draw(ladder: Ladder) -> bytes:
     return report.picture("Scaling ladder", report.LARGE, lines)
 
 
-def _rounded(ratio: float) -> float:
-    return float(f"{ratio:.2g}")
+def by_ratio(points: Sequence[Point]) -> list[tuple[float, list[Point]]]:
+    """(tokens per parameter, its points), the lowest first. Steps are whole numbers: what is within 5% is one ratio."""
+    groups: list[list[Point]] = []
+    for point in sorted(points, key=lambda point: point.ratio):
+        if groups and point.ratio < 1.05 * groups[-1][0].ratio:
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    return [
+        (float(f"{np.median([point.ratio for point in group]):.2g}"), sorted(group, key=lambda point: point.parameters))
+        for group in groups
+    ]
 
 
 def render(ladder: Ladder, png: bytes) -> str:

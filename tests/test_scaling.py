@@ -64,6 +64,18 @@ def test_an_interval_holds_the_truth() -> None:
     assert high / low < 1.2
 
 
+def test_an_irreducible_loss_that_the_runs_do_not_show_is_not_claimed() -> None:
+    shown = scaling.lines(scaling.Ladder([], scaling.Fit(Law(E=float(np.exp(-10)), A=1, a=1, B=1, b=1), []), [], []))
+    assert any("do not show where the loss would stay" in line for line in shown)
+    shown = scaling.lines(scaling.Ladder([], scaling.Fit(SMALL, []), [], []))
+    assert not any("do not show" in line for line in shown)
+
+
+def test_ratios_that_whole_steps_have_moved_apart_are_one_line() -> None:
+    points = [Point(174e3, 86e3, 5.9), Point(446e3, 223e3, 5.0), Point(174e3, 174e3, 5.6), Point(446e3, 446e3, 4.5)]
+    assert [(ratio, len(group)) for ratio, group in scaling.by_ratio(points)] == [(0.5, 2), (1.0, 2)]
+
+
 def test_compute_is_split_as_the_paper_says() -> None:
     """Equation 4, at Gopher's budget: the paper's table 3 has 67B parameters there by other approaches, 40B by this."""
     parameters, tokens = CHINCHILLA.best_split(5.76e23)

@@ -27,7 +27,7 @@ import psutil
 
 from bigtrain import hardware, heartbeat
 from bigtrain.files import write_atomic
-from bigtrain.launch import bandwidth
+from bigtrain.launch import bandwidth, node_report
 from bigtrain.launch.supervise import LAUNCH_ID, find_workers, state_of
 from bigtrain.provenance import code_sha256, versions
 from bigtrain.redact import redact
@@ -49,7 +49,7 @@ class Agent:
         self.codes: dict[int, tuple[int | None, float]] = {}  # rank -> exit status, when
         self.told: dict[str, Any] = {}  # the last report
         self.reported = 0.0
-        self.measurement: subprocess.Popen[bytes] | None = None
+        self.errands: dict[str, subprocess.Popen[bytes]] = {}  # what takes longer than an answer may, by order
         self.handles: dict[int, int] = {}  # pidfd -> rank: readable when it ends, before its parent reaps it
 
     # ------------------------------------------------------------------------------------------- orders
@@ -182,7 +182,12 @@ class Agent:
 
     def do_bandwidth(self, environment: dict[str, str]) -> dict[str, Any]:
         """This node's part in a measurement with another node."""
-        self.measurement = bandwidth.start(environment, {LAUNCH_ID: self.launch_id})
+        self.errands["bandwidth"] = bandwidth.start(environment, {LAUNCH_ID: self.launch_id})
+        return {}
+
+    def do_examine(self, device: str) -> dict[str, Any]:
+        """The GPUs' health and the native ops that can be built here, as an errand's answer."""
+        self.errands["examine"] = node_report.start(device, {LAUNCH_ID: self.launch_id})
         return {}
 
     # ------------------------------------------------------------------------------------------ watching
@@ -190,9 +195,10 @@ class Agent:
     def look(self) -> None:
         """Report what has changed of this node's ranks."""
         now = time.monotonic()
-        if self.measurement is not None and (result := bandwidth.collect(self.measurement)) is not None:
-            self.measurement = None
-            self.say({"answer": "bandwidth_done"} | result)
+        for name, process in list(self.errands.items()):
+            if (result := bandwidth.collect(process)) is not None:
+                del self.errands[name]
+                self.say({"answer": f"{name}_done"} | result)
         if not self.ranks or now - self.reported < REPORT_SECONDS:
             return
         self.reported = now

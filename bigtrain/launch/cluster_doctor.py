@@ -13,10 +13,12 @@ import yaml
 
 from bigtrain.config import Config
 from bigtrain.errors import BigtrainError
-from bigtrain.launch import bandwidth, cluster, nodes
-from bigtrain.launch.cluster import Backend
+from bigtrain.launch import bandwidth, nodes, survey
+from bigtrain.launch.layout import Backend
 from bigtrain.launch.nodes import Node
 from bigtrain.provenance import code_sha256, differences, versions
+
+EXAMINE_SECONDS = 90.0  # to import torch and deepspeed on a busy node and try a compiler
 
 
 def examine(config: Config, backend: Backend, cluster_file: Path | None, say: Callable[[str], None]) -> bool:
@@ -43,12 +45,14 @@ def examine(config: Config, backend: Backend, cluster_file: Path | None, say: Ca
                 good = False
             try:
                 times = [(node.host, fact["time"]) for node, fact in zip(there, facts, strict=True)]
-                cluster.check_clocks(times, before, after, config.launch.clock_seconds)
+                survey.check_clocks(times, before, after, config.launch.clock_seconds)
             except BigtrainError as error:
                 say(f"missing: {error}")
                 good = False
         for line in silent:
             say(f"missing: {line}")
+        for line in _examined(there, facts):
+            say(line)
         measured, problems = _pairs(config, there, facts)
         for line in problems:
             say(f"missing: {line}")
@@ -59,7 +63,27 @@ def examine(config: Config, backend: Backend, cluster_file: Path | None, say: Ca
             say(str(cluster_file))
         return good and not problems
     finally:
-        cluster.close(there)
+        nodes.close(there)
+
+
+def _examined(there: Sequence[Node], facts: Sequence[dict[str, Any]]) -> list[str]:
+    """What is wrong with each node's GPUs, and which of DeepSpeed's native ops it can build."""
+    device = _device(facts)
+    nodes.ask(there, "examine", device=device)
+    limit, found = time.monotonic() + EXAMINE_SECONDS, []
+    for node in there:
+        answer = nodes.answer_of(node, "examine_done", there, limit) or {"error": "no answer"}
+        if "error" in answer:
+            found.append(f"note: {node.host}: its GPUs and native ops are not known: {answer['error']}")
+            continue
+        found += [f"note: {node.host}: {line}" for line in answer["gpu_problems"]]
+        states = ", ".join(f"{name} {state}" for name, state in answer["ops"].items())
+        found.append(f"{node.host}: native ops: {states}")
+    return found
+
+
+def _device(facts: Sequence[dict[str, Any]]) -> str:
+    return "cuda" if facts and all(fact["gpus"] and not fact["torch_is_cpu_build"] for fact in facts) else "cpu"
 
 
 def _table(hosts: Sequence[str], facts: Sequence[dict[str, Any]]) -> str:
@@ -81,13 +105,13 @@ def _pairs(
     config: Config, there: Sequence[Node], facts: Sequence[dict[str, Any]]
 ) -> tuple[dict[tuple[str, str], dict[str, float]], list[str]]:
     """What each two nodes measure together, a pair at a time so that none slows another's."""
-    device = "cuda" if facts and all(fact["gpus"] and not fact["torch_is_cpu_build"] for fact in facts) else "cpu"
+    device = _device(facts)
     measured: dict[tuple[str, str], dict[str, float]] = {}
     problems = []
     for first, second in itertools.combinations(there, 2):
         pair = (first, second)
         try:
-            address, port, interfaces = cluster.meet(config, pair)
+            address, port, interfaces = survey.meet(config, pair)
             common = {"MASTER_ADDR": address, "MASTER_PORT": str(port), "WORLD_SIZE": "2", "DS_ACCELERATOR": device}
             ways = dict(zip(pair, interfaces, strict=True))
             nodes.ask(pair, "bandwidth", lambda node, common=common, ways=ways, first=first: {

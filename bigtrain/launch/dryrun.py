@@ -12,7 +12,7 @@ from bigtrain.launch import local
 from bigtrain.redact import redact
 
 if TYPE_CHECKING:
-    from bigtrain.launch.cluster import Layout
+    from bigtrain.launch.layout import Layout
 
 
 def show(config: Config, placement: Placement) -> str:
@@ -31,7 +31,7 @@ def show(config: Config, placement: Placement) -> str:
 
 def across(config: Config, placement: Placement, layout: Layout, words: list[str]) -> str:
     """What starts the ranks on several nodes, and what each of them is told."""
-    from bigtrain.launch.cluster import rank_environment
+    from bigtrain.launch.layout import rank_environment
 
     lines = [heading(placement), f"# nodes: {', '.join(layout.hosts)}", shlex.join(words), ""]
     lines += [f"# {layout.files}/rank-0.json on {layout.hosts[0]}, for its owner alone, holds its environment:"]

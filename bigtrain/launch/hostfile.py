@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ from bigtrain.config import Config, LaunchConfig
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.files import write_atomic
 from bigtrain.hardware import Placement
-from bigtrain.launch import cluster, dryrun, local, nodes
-from bigtrain.launch.cluster import Layout
+from bigtrain.launch import cluster, dryrun, local, nodes, survey
+from bigtrain.launch.layout import Layout
 from bigtrain.launch.nodes import Node
 from bigtrain.launch.supervise import LAUNCH_ID
 
 RANK = "bigtrain.launch.rank"
 PROGRAMS = {"pdsh": "pdsh", "openmpi": "ompi_info", "mpich": "mpirun"}  # what the deepspeed launcher looks for
+MPIRUN_SAYS = {"openmpi": "Open MPI", "mpich": "HYDRA"}  # of its version; both call their starter mpirun
 _LINE = re.compile(r"(?P<host>[\w.-]+)\s+slots=(?P<slots>\d+)\s*(#.*)?")
 # Variables that the deepspeed launcher would write into the command line of every node, with quotes that do not hold.
 _EXPORTED = ("MLFLOW", "PYTHON", "MV2", "UCX", "NCCL", "FI_", "LD_LIBRARY_PATH", "CUDA")
@@ -91,6 +93,14 @@ class HostfileBackend:
                 "launch.runner", self.launch.runner, f"{program} is not installed here",
                 f"install it (Debian: apt-get install {package})",
             )  # fmt: skip
+        if self.launch.runner in MPIRUN_SAYS:
+            done = subprocess.run(["mpirun", "--version"], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+            said = (done.stdout + done.stderr).strip()
+            if MPIRUN_SAYS[self.launch.runner] not in said:
+                raise ConfigError(
+                    "launch.runner", self.launch.runner, f"mpirun here is another's ({said.partition(chr(10))[0]})",
+                    "put its own first in PATH (Debian: update-alternatives --config mpirun)",
+                )  # fmt: skip
         if shutil.which("ssh") is None:
             raise BigtrainError("ssh is not installed here; install it (Debian: apt-get install openssh-client)")
         for name, value in (
@@ -121,15 +131,16 @@ class HostfileBackend:
     def words(self, layout: Layout, folder: Path) -> list[str]:
         options = {
             "pdsh": "-N",  # no host's name before each line
-            "openmpi": f"--bind-to none --mca btl_tcp_if_include {layout.interfaces[0] or 'lo'}"
-            f" --mca oob_tcp_if_include {layout.interfaces[0] or 'lo'}",
+            "openmpi": "--bind-to none" + (" --allow-run-as-root" if os.geteuid() == 0 else ""),  # as ssh and pdsh do
             "mpich": "",
         }[self.launch.runner]
+        # With mpich deepspeed runs a helper of its own, and --module would make python look for that as a module.
+        started = [str(Path(__file__).with_name("rank.py"))] if self.launch.runner == "mpich" else ["--module", RANK]
         return [
             sys.executable, "-m", "deepspeed.launcher.runner", f"--hostfile={folder}/hostfile", "--force_multi",
             f"--launcher={self.launch.runner}", f"--launcher_args={options}", "--no_ssh_check", "--no_local_rank",
             f"--master_addr={layout.master_address}", f"--master_port={layout.master_port}", "--log_level=critical",
-            "--module", RANK, "--files", layout.files,
+            *started, "--files", layout.files,
         ]  # fmt: skip
 
     def variables(self, folder: Path) -> dict[str, str]:
@@ -158,7 +169,7 @@ class Hostfile:
             self.placement = self.assumed(config.launch)
         else:
             self.backend.check()
-            self.placement = cluster.place(config, self.backend, say)
+            self.placement = survey.place(config, self.backend, say)
 
     def assumed(self, launch: LaunchConfig) -> Placement:
         """What the file and this machine let expect of the nodes; nobody is asked."""

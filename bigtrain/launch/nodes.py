@@ -198,3 +198,11 @@ def answer_of(node: Node, name: str, alive: Sequence[Node], limit: float) -> dic
         if node.closed or time.monotonic() > limit:
             return None
     return answer
+
+
+def close(there: Sequence[Node]) -> None:
+    closers = [threading.Thread(target=node.close) for node in there]
+    for closer in closers:
+        closer.start()
+    for closer in closers:
+        closer.join()

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +27,7 @@ BUILDERS = {
     CPU_ADAM: "CPUAdamBuilder", ASYNC_IO: "AsyncIOBuilder",
     CPU_LION: "CPULionBuilder", FUSED_LION: "FusedLionBuilder",
 }  # fmt: skip
+NEEDS = {ASYNC_IO: "libaio-dev (Debian) or libaio-devel"}
 BUILD_TIMEOUT_SECONDS = 900
 
 
@@ -128,3 +130,30 @@ def _is_open(path: Path) -> bool:
             if any(opened.path == wanted for opened in process.open_files()):
                 return True
     return False
+
+
+# ------------------------------------------------------------------------------------ what could be built here
+
+
+def report() -> dict[str, str]:
+    """{op: "built", "can be built" or why not} of the ops that a run may need, by DeepSpeed's own checks (headers,
+    libraries) and the tools at hand. Imports torch and deepspeed."""
+    from deepspeed.accelerator import get_accelerator
+
+    lacks = [] if shutil.which("ninja") else ["ninja is missing"]
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        lacks.append("a C++ compiler is missing")
+    found = {}
+    for name, builder_name in BUILDERS.items():
+        builder = get_accelerator().create_op_builder(builder_name)
+        if not missing([name], extensions_dir()):
+            found[name] = "built"
+        elif builder is None or type(builder).__name__ == "NotImplementedBuilder":
+            found[name] = f"not for {get_accelerator().device_name()}"
+        elif lacks:
+            found[name] = ", ".join(lacks)
+        else:
+            with contextlib.redirect_stdout(sys.stderr):  # what a failed check prints is no part of the answer
+                fits = builder.is_compatible(verbose=False)
+            found[name] = "can be built" if fits else f"{NEEDS.get(name, 'what DeepSpeed wants for it')} is missing"
+    return found

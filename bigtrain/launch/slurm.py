@@ -25,8 +25,8 @@ from bigtrain.config import Config, LaunchConfig
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.files import write_atomic
 from bigtrain.hardware import Placement
-from bigtrain.launch import cluster, dryrun, environment, local, nodes
-from bigtrain.launch.cluster import Layout
+from bigtrain.launch import cluster, dryrun, environment, local, nodes, survey
+from bigtrain.launch.layout import Layout
 from bigtrain.launch.nodes import Node
 from bigtrain.launch.run_dir import read_result, readable_errors
 from bigtrain.launch.supervise import LAUNCH_ID, Ending, counting_signals
@@ -141,7 +141,7 @@ class Slurm:
         self.say = say
         self.backend = SlurmBackend(config.launch) if inside() and not shown_only else None
         if self.backend is not None:
-            self.placement = cluster.place(config, self.backend, say)
+            self.placement = survey.place(config, self.backend, say)
         else:
             self.placement = assumed(config.launch)
             script(config, self.placement)  # its values are checked now
@@ -255,7 +255,7 @@ def main() -> None:
 
     try:
         backend = SlurmBackend(config.launch)
-        placement = cluster.place(config, backend, say)
+        placement = survey.place(config, backend, say)
         _, outcome["asked"] = local.run(config, placement, say, cluster.Launcher(backend, say))
     except KeyboardInterrupt:
         outcome["interrupted"] = True

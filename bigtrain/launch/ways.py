@@ -75,8 +75,8 @@ def examine_cluster(
 ) -> bool:
     """`bigtrain doctor --launch`: the nodes of a hostfile, or of the Slurm allocation that this runs in."""
     from bigtrain.launch import cluster_doctor, slurm
-    from bigtrain.launch.cluster import Backend
     from bigtrain.launch.hostfile import HostfileBackend
+    from bigtrain.launch.layout import Backend
 
     backend: Backend
     if kind == "hostfile":

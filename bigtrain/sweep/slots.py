@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Mapping
@@ -38,6 +39,9 @@ def take(folder: Path, slots: int, use_gpus: bool) -> Iterator[None]:
     if slots <= 1:
         yield
         return
+    if multiprocessing.get_start_method(allow_none=True) == "loky":
+        # What joblib's processes start others with by default; no process that data are prepared in knows the name.
+        multiprocessing.set_start_method("spawn", force=True)
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     gpus = hardware.gpus() if use_gpus and not hardware.torch_is_cpu_build() else ()
     for what, number in (("cores", len(cores) or slots), ("GPUs", len(gpus) or slots)):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+import bigtrain as bigtrain_package
 from bigtrain.config import LaunchConfig
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.launch import cores, environment, hostfile, rank
-from bigtrain.launch.cluster import check_clocks
+from bigtrain.launch.survey import check_clocks
 from bigtrain.launch.train import train
 from bigtrain.launch.ways import resolved, way
 from bigtrain.provenance import differences
@@ -124,6 +127,32 @@ def test_the_commands_for_each_node_train(tmp_path: Path, data_cache: Path, kind
     nodes = [subprocess.Popen(["sh", "-c", line], stdout=subprocess.DEVNULL) for line in commands]
     assert [node.wait(timeout=200) for node in nodes] == [0, 0]
     assert list(losses(run)) == [1, 2]
+
+
+@pytest.mark.soak
+def test_ranks_with_other_code_stop_with_the_table_though_no_agent_has_looked(tmp_path: Path, data_cache: Path) -> None:
+    package = Path(bigtrain_package.__file__).parent
+    shutil.copytree(package, tmp_path / "other/bigtrain", ignore=shutil.ignore_patterns("__pycache__"))
+    with open(tmp_path / "other/bigtrain/schedule.py", "a") as file:
+        file.write("# a change that nobody told the others of\n")
+    out = bigtrain(
+        "train", *TINY, "launch=torchrun", "launch.nodes=2", "launch.ranks=1", "launch.master_address=127.0.0.1",
+        "launch.device=cpu", f"run_dir={tmp_path}/run", f"data.cache_dir={data_cache}", "train.steps=2",
+        "launch.master_port=29802", "launch.env.GLOO_SOCKET_IFNAME=lo",
+    )  # fmt: skip
+    commands = [line for line in out.splitlines() if line.startswith("env ")]
+    nodes = [
+        subprocess.Popen(
+            ["sh", "-c", line], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(path)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+        for line, path in zip(commands, (package.parent, tmp_path / "other"), strict=True)
+    ]  # fmt: skip
+    said = [node.communicate(timeout=200)[0] for node in nodes]
+    assert all(node.returncode for node in nodes)
+    (row,) = re.findall(r"^code +(\w{12}) +(\w{12})$", said[0], re.MULTILINE)
+    assert row[0] != row[1]
+    assert "the ranks do not run the same software" in "".join(said)
 
 
 def rendered(kind: str, monkeypatch: pytest.MonkeyPatch) -> str:

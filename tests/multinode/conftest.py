@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.multinode.hosts import Cluster, missing
+from tests.multinode.slurm import NEEDED as SLURM_NEEDS
+from tests.multinode.slurm import Slurm
 from tests.runs import bigtrain, losses
 
 TINY = [
@@ -27,6 +29,15 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     cluster = Cluster(folder, 2, private)
     yield cluster
     cluster.close()
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    if (reason := missing(SLURM_NEEDS)) is not None:
+        pytest.skip(reason)
+    slurm = Slurm(tmp_path_factory.mktemp("slurm"))
+    yield slurm
+    slurm.close()
 
 
 @pytest.fixture

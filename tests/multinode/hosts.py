@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -102,17 +103,44 @@ class Host:
     def kill(self) -> None:
         """Pull the plug: everything on it is gone at once, and so is its network."""
         assert self.process is not None
-        _run("ip", "-n", self.space, "link", "set", "eth0", "down")
+        self.link_down()
         self.process.kill()  # unshare: its child is the namespace's first process, and the kernel ends the others
         self.process.wait()
 
     def boot_again(self) -> None:
-        _run("ip", "-n", self.space, "link", "set", "eth0", "up")
+        self.link_up()
         self.boot()
 
     def cut(self) -> None:
         """Unplug it from the switch: nothing gets in or out, and nobody is told (no link goes down)."""
         _run("ip", "-n", self.hub, "link", "set", f"v{self.number}", "nomaster")
+
+    def link_down(self) -> None:
+        _run("ip", "-n", self.space, "link", "set", "eth0", "down")
+
+    def link_up(self) -> None:
+        _run("ip", "-n", self.space, "link", "set", "eth0", "up")
+
+    @contextlib.contextmanager
+    def slowed(self, megabits_per_second: int) -> Iterator[None]:
+        """All that it sends goes no faster (tc: a token bucket)."""
+        shape = ["tbf", "rate", f"{megabits_per_second}mbit", "burst", "64kb", "latency", "400ms"]
+        _run("tc", "-n", self.space, "qdisc", "add", "dev", "eth0", "root", *shape)
+        try:
+            yield
+        finally:
+            _run("tc", "-n", self.space, "qdisc", "del", "dev", "eth0", "root")
+
+    @contextlib.contextmanager
+    def sees(self, instead: Path, of: Path) -> Iterator[None]:
+        """On this host alone, `instead` lies where `of` is."""
+        sshd = next(process for process in self.processes() if process.name() == "sshd")
+        inside = ["nsenter", f"--target={sshd.pid}", "--mount", "--pid"]
+        _run(*inside, "mount", "--bind", str(instead), str(of))
+        try:
+            yield
+        finally:
+            _run(*inside, "umount", "--lazy", str(of))
 
     def heal(self) -> None:
         _run("ip", "-n", self.hub, "link", "set", f"v{self.number}", "master", "br0")
@@ -131,6 +159,7 @@ class Cluster:
         (folder / "sshd_config").write_text(
             f"HostKey {folder}/host_key\nAuthorizedKeysFile {folder}/user_key.pub\nStrictModes no\nUsePAM no\n"
             "PidFile none\nPermitRootLogin yes\nMaxStartups 100\nPrintMotd no\nPrintLastLog no\n"
+            "PermitUserEnvironment yes\n"
         )
         _run("ip", "netns", "add", self.hub)
         _run("ip", "-n", self.hub, "link", "add", "br0", "type", "bridge")

@@ -6,15 +6,21 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 
+import bigtrain
+from bigtrain.config import LaunchConfig
+from bigtrain.errors import ConfigError
+from bigtrain.launch.hostfile import HostfileBackend
 from tests.multinode.conftest import FOREVER
 from tests.multinode.hosts import Cluster
 from tests.runs import command, losses, result
@@ -121,20 +127,39 @@ def test_what_is_wrong_before_the_start_is_one_line(cluster: Cluster, base: list
     assert cluster.leftovers() == []
 
 
+def doctor(cluster: Cluster, file: Path) -> subprocess.CompletedProcess[str]:
+    words = command("doctor", "--launch", "hostfile", "--hostfile", str(cluster.hostfile), "--ssh-config",
+                    f"{cluster.folder}/ssh_config", "--cluster-file", str(file))  # fmt: skip
+    return subprocess.run(cluster.inside(*words), capture_output=True, text=True, timeout=200)
+
+
 def test_the_doctor_looks_at_every_host_and_the_network_between(cluster: Cluster, tmp_path: Path) -> None:
     file = tmp_path / "cluster.yaml"
     file.write_text("device: {name: CPU}\nnodes: 1\ninter_node_gb_per_second: 1.0\nsource: {disk_gib: measured}\n")
-    words = command("doctor", "--launch", "hostfile", "--hostfile", str(cluster.hostfile), "--ssh-config",
-                    f"{cluster.folder}/ssh_config", "--cluster-file", str(file))  # fmt: skip
-    done = subprocess.run(cluster.inside(*words), capture_output=True, text=True, timeout=120)
+    done = doctor(cluster, file)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"^h1 +\d+ +\d+ GiB", done.stdout, re.MULTILINE)
+    assert re.search(r"^h2: native ops: cpu_adam (built|can be built), async_io ", done.stdout, re.MULTILINE)
     assert re.search(r"^h1 - h2: [\d.]+ GB/s, \d+ us", done.stdout, re.MULTILINE)
     found = yaml.safe_load(file.read_text())
     assert (found["device"], found["nodes"]) == ({"name": "CPU"}, 2)  # what was there of one node stays
     assert 0 < found["inter_node_gb_per_second"] != 1.0
     assert found["inter_node_latency_us"] > 0
     assert set(found["source"]) == {"disk_gib", "inter_node_gb_per_second", "inter_node_latency_us"}
+
+
+@pytest.mark.soak
+def test_a_slow_link_is_measured_and_changes_no_loss(
+    cluster: Cluster, base: list[str], tmp_path: Path, alone: dict[int, float]
+) -> None:
+    with cluster.hosts[1].slowed(200):
+        done = doctor(cluster, tmp_path / "cluster.yaml")
+        assert done.returncode == 0, done.stdout + done.stderr
+        code, out, error = stopped_after(cluster.train(*base, "train.steps=6"))
+    found = yaml.safe_load((tmp_path / "cluster.yaml").read_text())["inter_node_gb_per_second"]
+    assert 0.01 < found < 0.03  # 0.025 GB/s is the link's
+    assert code == 0, out + error
+    assert losses(tmp_path / "run") == alone
 
 
 @pytest.mark.soak
@@ -192,26 +217,45 @@ def test_the_nodes_that_are_left_go_on(cluster: Cluster, base: list[str], tmp_pa
     assert result(tmp_path / "run")["restarts"] == 1
 
 
+WAYS = ["rank", "frozen rank", "agent", "launcher on the node", "launcher", "node", "unplugged", "link down"]
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[list[str]]:
+    """What each kill led to; shown by `pytest -s` at the end."""
+    rows: list[str] = []
+    yield rows
+    print("\n" + "\n".join(rows))
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(20))
-def test_random_kills_stop_everything_in_time(cluster: Cluster, base: list[str], tmp_path: Path, seed: int) -> None:
+def test_random_kills_stop_everything_in_time(
+    cluster: Cluster, base: list[str], tmp_path: Path, seed: int, table: list[str]
+) -> None:
+    """Each way of dying two or three times, the host and the moment drawn."""
     chance = random.Random(seed)
     process = cluster.train(*base, *FOREVER, "launch.restarts=0", "launch.hang_seconds=5")
     cluster.wait_for_steps(process, tmp_path / "run", 2 + chance.randrange(50))
-    host = chance.choice(cluster.hosts)
-    way = ["rank", "frozen rank", "agent", "launcher on the node", "node", "link"][seed % 6]
+    host, way = chance.choice(cluster.hosts), WAYS[seed % len(WAYS)]
     began = time.monotonic()
     try:
         if way == "node":
             host.kill()
-        elif way == "link":
+        elif way == "unplugged":
             host.cut()
+        elif way == "link down":
+            host.link_down()
         elif way == "agent":
             for agent in host.running("bigtrain.launch.agent"):
                 agent.kill()
         elif way == "launcher on the node":
             for launcher in host.running("deepspeed.launcher.launch"):
                 launcher.kill()
+        elif way == "launcher":
+            for child in psutil.Process(process.pid).children():
+                if "deepspeed.launcher.runner" in child.cmdline():
+                    child.kill()
         else:
             (rank,) = host.ranks()
             rank.send_signal(signal.SIGSTOP if way == "frozen rank" else signal.SIGKILL)
@@ -220,9 +264,93 @@ def test_random_kills_stop_everything_in_time(cluster: Cluster, base: list[str],
         if way == "node":
             host.boot_again()
             cluster.wait_for_ssh(host)
-        elif way == "link":
+        elif way == "unplugged":
             host.heal()
-    print(f"{way} on {host.name}: {time.monotonic() - began:.1f} s: {error.strip()}")
+        elif way == "link down":
+            host.link_up()
+    seconds = time.monotonic() - began
+    table.append(f"{seed:2} {way:20} {host.name} {seconds:5.1f} s, 0 processes left: {error.strip()}")
     assert code == 1, error
     assert error.startswith("bigtrain: error: "), error
     assert error.count("\n") == 1, error
+    assert seconds < ALL_STOPPED_SECONDS
+    if way in ("agent", "node", "unplugged", "link down"):
+        assert f"host {host.name} was lost" in error  # not a rank that waits for it, nor one there
+
+
+def mpirun_of(implementation: str, folder: Path) -> str | None:
+    """A folder whose mpirun is that implementation's, where Debian has put several; None if it is not installed."""
+    program = shutil.which(f"mpirun.{implementation}")
+    if program is None:
+        return None
+    folder.mkdir()
+    (folder / "mpirun").write_text(f'#!/bin/sh\nexec {program} "$@"\n')  # no link: MPICH looks beside it for more
+    (folder / "mpirun").chmod(0o755)
+    return str(folder)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("runner", ["openmpi", "mpich"])
+def test_other_launchers_of_deepspeed_learn_the_same_and_end_the_same(
+    cluster: Cluster, base: list[str], tmp_path: Path, alone: dict[int, float], runner: str
+) -> None:
+    folder = mpirun_of(runner, tmp_path / "bin")
+    if folder is None:
+        pytest.skip(f"mpirun.{runner} is missing: apt-get install openmpi-bin mpich")
+    path = {"PATH": f"{folder}:{os.environ['PATH']}", "HYDRA_IFACE": "br0"}  # MPICH: the hub's name leads elsewhere
+    chosen = [*base, f"launch.runner={runner}"]
+    code, out, error = stopped_after(cluster.train(*chosen, "train.steps=6", **path))
+    assert code == 0, out + error
+    assert losses(tmp_path / "run") == alone
+    assert cluster.leftovers() == []
+
+    process = cluster.train(*chosen, f"run_dir={tmp_path}/killed", *FOREVER, "launch.restarts=0", **path)
+    cluster.wait_for_steps(process, tmp_path / "killed", 2)
+    (victim,) = cluster.hosts[1].ranks()
+    victim.kill()
+    code, _, error = stopped(cluster, process)
+    assert code == 1
+    assert re.match(r"bigtrain: error: rank 1 on h2 was killed( by SIGKILL)? after step \d+", error), error
+    assert error.count("\n") == 1
+
+
+def test_another_mpis_starter_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, says in (("mpirun", "mpirun (Open MPI) 4.1.4"), ("ssh", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\necho '{says}'\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("h1 slots=1\n")
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    backend = HostfileBackend(LaunchConfig(kind="hostfile", hostfile=str(tmp_path / "hosts"), runner="mpich"))
+    with pytest.raises(ConfigError, match=r"launch.runner='mpich': mpirun here is another's \(mpirun \(Open MPI\) 4"):
+        backend.check()
+
+
+def test_a_host_with_other_code_or_another_clock_stops_the_run(
+    cluster: Cluster, base: list[str], tmp_path: Path
+) -> None:
+    host, package = cluster.hosts[1], Path(bigtrain.__file__).parent
+    shutil.copytree(package, tmp_path / "bigtrain", ignore=shutil.ignore_patterns("__pycache__"))
+    with open(tmp_path / "bigtrain/schedule.py", "a") as file:
+        file.write("# a change that nobody told the others of\n")
+    with host.sees(tmp_path / "bigtrain", of=package):
+        code, out, error = stopped_after(cluster.train(*base))
+    assert code == 1, out
+    assert "the nodes do not have the same software" in error
+    assert error.count("\n") == 1
+    (head,) = re.findall(r"^ +this machine +h1 +h2$", out, re.MULTILINE)
+    (row,) = re.findall(r"^code +(\w{12}) +(\w{12}) +(\w{12})$", out, re.MULTILINE)
+    assert row[0] == row[1] != row[2], head
+
+    (library,) = Path("/usr/lib").glob("*/faketime/libfaketime.so.1")
+    key = (cluster.folder / "user_key.pub").read_text()
+    variables = {"LD_PRELOAD": library, "FAKETIME": "+90", "FAKETIME_DONT_FAKE_MONOTONIC": 1}
+    options = ",".join(f'environment="{name}={value}"' for name, value in variables.items())
+    (tmp_path / "user_key.pub").write_text(f"{options} {key}")
+    with host.sees(tmp_path / "user_key.pub", of=cluster.folder / "user_key.pub"):
+        code, out, error = stopped_after(cluster.train(*base))
+    assert code == 1, out
+    assert re.search(r"host h2: its clock is \+(89|9\d) s from the others' \(launch.clock_seconds=\d+\)", error), error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+    assert cluster.leftovers() == []

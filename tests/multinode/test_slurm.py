@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.multinode.conftest import FOREVER
-from tests.multinode.hosts import missing
-from tests.multinode.slurm import NEEDED, Slurm
+from tests.multinode.slurm import Slurm
 from tests.runs import bigtrain, command, losses, metrics, result
 
 pytestmark = pytest.mark.timeout(300)
 JOB = ["launch=slurm", "launch.nodes=2", "launch.ranks=1", "launch.slurm.poll_seconds=0.3"]
 REPOSITORY = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    if (reason := missing(NEEDED)) is not None:
-        pytest.skip(reason)
-    slurm = Slurm(tmp_path_factory.mktemp("slurm"))
-    yield slurm
-    slurm.close()
 
 
 def start(slurm: Slurm, *words: str) -> subprocess.Popen[str]:
@@ -96,6 +86,27 @@ def test_inside_an_allocation_the_ranks_start_at_once(slurm: Slurm, base: list[s
     assert code == 0, out + error
     assert "submitted" not in out
     assert result(tmp_path / "run")["world_size"] == 2
+
+
+@pytest.mark.soak
+def test_each_trial_of_a_sweep_is_a_job_of_its_own(slurm: Slurm, base: list[str], tmp_path: Path) -> None:
+    """The sweep waits for its jobs, and its table and exit status come from what they have left."""
+    sweep = tmp_path / "run"
+    small = ["hydra/launcher=submitit_slurm", "hydra.launcher.timeout_min=5", "hydra.launcher.cpus_per_task=1"]
+    code, out, error = finish(
+        start(slurm, *command("train", "-m", *base, *small, "train.steps=2", "launch.ranks=1", "model.n_heads=1,3,2"))
+    )
+    assert code == 1, out + error
+    assert "sweep: 2 of 3 jobs finished" in out
+    assert re.search(r"failed: model\.\w+=\d+: ", out), out
+    jobs = set()
+    for number in (0, 2):
+        assert result(sweep / str(number))["status"] == "finished"
+        environment = json.loads((sweep / f"{number}/launch.json").read_text())
+        jobs.add(environment["host"])
+        assert environment["placement"]["ranks"] == 1
+    assert "best: trial" in out
+    assert slurm.call("squeue", "-h") == ""
 
 
 def test_the_script_holds_no_value_that_a_shell_would_read(tmp_path: Path) -> None:

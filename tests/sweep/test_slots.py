@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import threading
 import time
@@ -81,3 +82,16 @@ def test_gpus_are_shared_out_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         pass
     with slots.take(tmp_path, 5, use_gpus=False):
         pass
+
+
+def starts_a_process(folder: Path) -> int | None:
+    with slots.take(folder, 2, use_gpus=False):
+        process = multiprocessing.get_context("spawn").Process(target=time.time)  # as the preparation of data does
+        process.start()
+        process.join(60)
+    return process.exitcode
+
+
+def test_a_trial_in_joblibs_processes_can_start_processes_of_its_own(tmp_path: Path) -> None:
+    joblib = pytest.importorskip("joblib")
+    assert joblib.Parallel(n_jobs=2)(joblib.delayed(starts_a_process)(tmp_path) for _ in range(2)) == [0, 0]
