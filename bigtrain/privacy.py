@@ -252,7 +252,7 @@ class Privacy:
         """Noise for this step's sums of clipped gradients, like them: deviation noise_multiplier * max_grad_norm."""
         digest = hashlib.sha256()
         for tensor in sums:
-            digest.update(tensor.detach().cpu().contiguous().numpy())
+            digest.update(tensor.detach().cpu().contiguous().numpy().data)
         stream = KeyStream(self._key(b"noise", self.step, digest.digest()))
         deviation = self.guarantee.noise_multiplier * self.guarantee.max_grad_norm
         return [stream.normal(tensor).mul_(deviation).to(tensor.dtype) for tensor in sums]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from plan_accuracy import RECIPES, planned
 
-from benchmarks.plan_accuracy import RECIPES, planned
 from bigtrain.config import from_dict
 from bigtrain.plan import memory, sizes
 from bigtrain.plan.clusters import find
