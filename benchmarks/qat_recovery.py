@@ -1,4 +1,4 @@
-"""How much of what int4 (or int2) costs is won back by training with it: the same run, with and without, over some seeds.
+"""How much of what int4 costs is won back by training with it: the same run, with and without, over some seeds.
 
     python benchmarks/qat_recovery.py --seeds 3 --steps 600
 
