@@ -195,8 +195,8 @@ class Agent:
     def look(self) -> None:
         """Report what has changed of this node's ranks."""
         now = time.monotonic()
-        for name, process in list(self.errands.items()):
-            if (result := bandwidth.collect(process)) is not None:
+        for name, errand in list(self.errands.items()):
+            if (result := bandwidth.collect(errand)) is not None:
                 del self.errands[name]
                 self.say({"answer": f"{name}_done"} | result)
         if not self.ranks or now - self.reported < REPORT_SECONDS:
