@@ -62,7 +62,9 @@ def main() -> None:
             cores.bind(int(os.environ.get("LOCAL_RANK", "0")), local_ranks, config.launch.threads_per_rank or 0)
         run(config, run_dir, terminal, stop, started)
     except BaseException as error:
-        record_failure(run_dir, rank, error)
+        said = record_failure(run_dir, rank, error)
+        if "BIGTRAIN_PARENT_PID" not in os.environ:  # others started it (a pod, a shell): nobody reads the record
+            print(f"bigtrain: error: rank {rank}: {said}", file=terminal)
         sys.stderr.flush()
         terminal.flush()
         os._exit(1)  # a plain exit would wait for collectives that never come
@@ -264,7 +266,8 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def record_failure(run_dir: Path, rank: int, error: BaseException) -> None:
+def record_failure(run_dir: Path, rank: int, error: BaseException) -> str:
+    """For whoever watches the ranks. Returns what went wrong in a line, without secrets."""
     text = str(error) if isinstance(error, BigtrainError) else f"{type(error).__name__}: {error}"
     failure = {"rank": rank, "time": time.time(), "error": " ".join(text.split()), "traceback": traceback.format_exc()}
     failure["expected"] = isinstance(error, BigtrainError)
@@ -275,6 +278,7 @@ def record_failure(run_dir: Path, rank: int, error: BaseException) -> None:
         write_atomic(run_dir / "failures" / f"rank-{rank}.json", json.dumps(failure, indent=1))
     except OSError:
         pass  # the disk may be why we are here; the log has the traceback
+    return str(failure["error"])
 
 
 if __name__ == "__main__":

@@ -118,6 +118,7 @@ def test_translation_is_better_than_copying(tmp_path: Path, data_cache: Path) ->
     assert written.strip()
 
 
+@pytest.mark.soak
 def test_docstrings_can_be_what_a_translation_learns(tmp_path: Path, data_cache: Path) -> None:
     """data.pairs=docstring: a function without its docstring -> that one's first line."""
     run = tmp_path / "docstrings"

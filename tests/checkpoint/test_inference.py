@@ -65,6 +65,7 @@ def saved(build: Callable[[], nn.Module], checkpoint: Path) -> int:
     return sum(4 * weight.numel() for weight in weights.values())
 
 
+@pytest.mark.soak
 @torch.inference_mode()
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_part_in_memory_and_the_rest_on_disk_is_the_same_model(kind: str, tmp_path: Path) -> None:
@@ -78,6 +79,7 @@ def test_a_part_in_memory_and_the_rest_on_disk_is_the_same_model(kind: str, tmp_
     torch.testing.assert_close(logits(spread(*inputs)), logits(whole(*inputs)), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.soak
 @torch.inference_mode()
 def test_what_does_not_fit_is_spread_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build, inputs = MODELS["gpt"]

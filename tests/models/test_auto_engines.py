@@ -42,7 +42,8 @@ EVERY: list[Cell] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("cells", [QUICK, pytest.param(EVERY, marks=pytest.mark.soak)], ids=["quick", "every"])
+@pytest.mark.soak
+@pytest.mark.parametrize("cells", [QUICK, EVERY], ids=["quick", "every"])
 def test_the_same_curve_under_every_engine(cells: list[Cell], tmp_path: Path) -> None:
     for kind, (name, config, values) in MODELS.items():
         torch.manual_seed(0)

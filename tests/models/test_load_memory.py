@@ -108,6 +108,7 @@ def theirs(path: Path) -> auto.CausalLM:
     return auto.CausalLM(auto.read_config(path, "causal_lm"))
 
 
+@pytest.mark.soak
 def test_a_load_takes_one_shard_over_the_model_and_under_zero_3_over_the_ranks_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

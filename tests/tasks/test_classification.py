@@ -33,7 +33,7 @@ def pairs(path: Path, regression: bool) -> Path:
     return path
 
 
-@pytest.mark.parametrize("regression", [False, True])
+@pytest.mark.parametrize("regression", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_pairs_are_learned(regression: bool, tmp_path: Path) -> None:
     config = from_dict(
         {
