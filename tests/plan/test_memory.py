@@ -23,7 +23,7 @@ HELD_TO = [
 
 def test_states_and_peak_of_real_ranks() -> None:
     recipes = [RECIPES[name] for name in HELD_TO]
-    measured = run_ranks("benchmarks.plan_accuracy:measure", 2, {"recipes": recipes})
+    measured = run_ranks("plan_accuracy:measure", 2, {"recipes": recipes})
     for number, (name, recipe) in enumerate(zip(HELD_TO, recipes, strict=True)):
         plan = planned(recipe, 2)
         real = measured[0][number]["parts"]
