@@ -20,19 +20,18 @@ from bigtrain.checkpoint.weights import write_weights
 from bigtrain.config import DecoderConfig, from_dict
 from bigtrain.engine import start
 from bigtrain.engine.deepspeed import ds_config
-from bigtrain.launch.local import KEEP_FREED_MEMORY
 from bigtrain.models.huggingface import auto, read_config, to_huggingface
 from tests.distributed.ranks import run_ranks
 
 MB = 1_000_000
 SHARD = 24 * MB
-SLACK = 30 * MB  # a whole parameter that is handed out (the embedding, 17 MB), pieces of fused ones, the heap's gaps
+SLACK = 80 * MB  # a parameter on its way (its pieces, fused, whole, gathered), and what the heap keeps of freed ones
 LLAMA: dict[str, Any] = {
-    "vocab_size": 8192, "dim": 512, "n_layers": 12, "n_heads": 8, "ffn_dim": 1408, "max_seq_len": 64, "bias": False,
+    "vocab_size": 2048, "dim": 512, "n_layers": 30, "n_heads": 8, "ffn_dim": 1408, "max_seq_len": 64, "bias": False,
     "positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "tie_embeddings": False,
 }  # fmt: skip
-WATCHED = "blocks.11.feed_forward.down.weight"  # and what it is called in transformers' code:
-THEIRS = "model.model.layers.11.mlp.down_proj.weight"
+WATCHED = "blocks.29.feed_forward.down.weight"  # and what it is called in transformers' code:
+THEIRS = "model.model.layers.29.mlp.down_proj.weight"
 
 
 def directory(path: Path, **changes: Any) -> int:
@@ -110,9 +109,8 @@ def theirs(path: Path) -> auto.CausalLM:
 
 @pytest.mark.soak
 def test_a_load_takes_one_shard_over_the_model_and_under_zero_3_over_the_ranks_part(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
 ) -> None:
-    monkeypatch.setenv("GLIBC_TUNABLES", KEEP_FREED_MEMORY)  # as ranks on CPUs have it
     directory(tmp_path / "small", dim=64, n_layers=2, ffn_dim=96, vocab_size=256)
     size = directory(tmp_path / "large")
     files = sorted((tmp_path / "large").glob("*.safetensors"))
