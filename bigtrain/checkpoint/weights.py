@@ -14,6 +14,7 @@ from bigtrain import encryption
 from bigtrain.checkpoint.find import is_checkpoint, refused
 from bigtrain.checkpoint.integrity import damaged, listed, read_manifest
 from bigtrain.errors import BigtrainError
+from bigtrain.heap import Trimmer
 from bigtrain.models.stored import INDEX, SINGLE, StoredTensors
 
 SHARD_BYTES = 4 * 2**30
@@ -95,7 +96,7 @@ def load_into(model: nn.Module, directory: Path) -> None:
 
     Raises BigtrainError naming the first parameter that is missing, unknown or of another shape.
     """
-    parameters = dict(model.named_parameters())
+    parameters, trimmer = dict(model.named_parameters()), Trimmer()
     for name, tensor in iterate_weights(directory, reads(model)):
         parameter = parameters.pop(name, None)
         if parameter is None:
@@ -103,7 +104,7 @@ def load_into(model: nn.Module, directory: Path) -> None:
         if _shape(parameter) != tensor.shape:
             shapes = f"{tuple(tensor.shape)} there, {tuple(_shape(parameter))} in this model"
             raise BigtrainError(f"{directory}: parameter {name} is {shapes}")
-        _write(parameter, tensor)
+        _write(parameter, tensor, trimmer)
     if parameters:
         raise BigtrainError(f"{directory}: has no parameter {next(iter(parameters))}, which this model needs")
 
@@ -135,7 +136,7 @@ def load_matching(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Re
     Every rank calls this with the same names and shapes in the same order; where `reads(model)` is False they may be
     on the meta device, as `iterate_weights` gives them without `read`.
     """
-    parameters = dict(model.named_parameters())
+    parameters, trimmer = dict(model.named_parameters()), Trimmer()
     loaded: list[str] = []
     skipped: dict[str, str] = {}
     for name, tensor in tensors:
@@ -145,7 +146,7 @@ def load_matching(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Re
         elif _shape(parameter) != tensor.shape:
             skipped[name] = f"{tuple(tensor.shape)} there, {tuple(_shape(parameter))} in this model"
         else:
-            _write(parameter, tensor)
+            _write(parameter, tensor, trimmer)
             loaded.append(name)
     done = set(loaded)
     return Report(loaded, skipped, new=[name for name in parameters if name not in done])
@@ -170,8 +171,9 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
 
 
 @torch.no_grad()
-def _write(parameter: nn.Parameter, tensor: Tensor) -> None:
+def _write(parameter: nn.Parameter, tensor: Tensor, trimmer: Trimmer) -> None:
     """Copy a tensor into a parameter. Of a sharded one, each rank keeps its part of what rank 0 writes."""
+    trimmer.freed(tensor.nbytes)
     if not _sharded(parameter):
         parameter.copy_(tensor)
         return

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from bigtrain import config as schema
+from bigtrain import heap
 from bigtrain.checkpoint import newest, transfer
 from bigtrain.checkpoint.integrity import read_manifest, sha256
 from bigtrain.checkpoint.weights import iterate_weights, load_matching, reads
@@ -236,7 +237,7 @@ def _sharded(make: Any, path: Path, precision: str) -> Any:
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100_000},
         "steps_per_print": None,
     }
-    with deepspeed.zero.Init(config_dict_or_path=settings):
+    with heap.trimmed_while_born(), deepspeed.zero.Init(config_dict_or_path=settings):
         model = make()
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bigtrain import heap
 from bigtrain.batch import Batch, LossSums
 from bigtrain.config import Config, DeepSpeedConfig, MuonConfig, accumulation_steps, micro_batch
 from bigtrain.engine import lean, optimizers, shards, unpickling
@@ -164,7 +165,10 @@ class DeepSpeedEngine:
         born_sharded = self.stage == 3 and config.engine.zero_init
         if born_sharded:  # transformers and torchao bring torch._dynamo, which cannot be imported while zero.Init lasts
             importlib.import_module("torch._dynamo")
-        with deepspeed.zero.Init(config_dict_or_path=settings) if born_sharded else contextlib.nullcontext():
+        with contextlib.ExitStack() as birth:
+            if born_sharded:
+                birth.enter_context(heap.trimmed_while_born())
+                birth.enter_context(deepspeed.zero.Init(config_dict_or_path=settings))
             model = build_model()
         offloaded = config.engine.offload_optimizer != "none"
         groups = optimizers.parameter_groups(model, config.optimizer, config.train.layer_lr_decay)

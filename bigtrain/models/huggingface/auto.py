@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from bigtrain.batch import IGNORED
 from bigtrain.config import HuggingFaceConfig
 from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.heap import Trimmer
 from bigtrain.models.huggingface.configs import read_values
 from bigtrain.models.huggingface.importing import open_weights
 from bigtrain.models.network import Network
@@ -208,7 +209,7 @@ class TransformersModel(Network):
         """Draw every weight as transformers does, on whichever ranks hold it."""
         if next(self.model.parameters()).is_meta:
             return
-        _draw(self.model, self.model)
+        _draw(self.model, self.model, Trimmer())
 
     def set_activation_checkpointing(self, enabled: bool) -> None:
         """Raises ConfigError for an architecture that cannot compute its layers again."""
@@ -270,15 +271,17 @@ def _stacked(module: nn.Module) -> Iterator[nn.Module]:
             yield from _stacked(child)
 
 
-def _draw(module: nn.Module, owner: Any) -> None:
+def _draw(module: nn.Module, owner: Any, trimmer: Trimmer) -> None:
     """Children first, each by the rules of the innermost model of transformers around it."""
     for child in module.children():
-        _draw(child, child if isinstance(child, transformers.PreTrainedModel) else owner)
+        _draw(child, child if isinstance(child, transformers.PreTrainedModel) else owner, trimmer)
     # Some rules reach into a module's children: T5's attention draws its projections.
     near = [module, *module.children()]
     own = {id(parameter): parameter for part in near for parameter in part.parameters(recurse=False)}
     with _gathered(list(own.values())):
         owner._init_weights(module)
+        size = sum(parameter.nbytes for parameter in own.values())
+    trimmer.freed(size)
 
 
 @contextlib.contextmanager
