@@ -1,7 +1,8 @@
 """Predicted against measured step time on this machine: `python benchmarks/plan_step_time.py [--cluster FILE]`.
 
-The machine is measured first (`bigtrain doctor --cluster-file`), unless a file is given. Then each recipe is planned
-and really trained, two ranks on a machine without GPUs, and the median of its later steps is set beside the plan.
+The machine is measured (`bigtrain doctor --cluster-file`), a recipe is planned with that and really trained, two ranks
+on a machine without GPUs, and the median of its later steps is set beside the plan; and so for each recipe, for a
+machine's clock drifts by more in some minutes than the plan is to be off. With --cluster all are planned with one file.
 Nothing in the plan is fitted on these runs. On a machine that does other things too the figures mean little.
 """
 
@@ -65,19 +66,21 @@ def measured(overrides: list[str], run: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--cluster", type=Path, help="a file that bigtrain doctor wrote; default: measure now")
+    parser.add_argument(
+        "--cluster", type=Path, help="a file that bigtrain doctor wrote; default: measure now and again"
+    )
     parser.add_argument("--only", default="", help="recipes whose name has this in it")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         cluster = arguments.cluster or Path(folder) / "here.yaml"
-        if arguments.cluster is None:
-            print(bigtrain("doctor", "--cluster-file", str(cluster)))
         errors = []
         print(f"{'':50}{'planned s':>10}{'real s':>9}{'error':>8}")
         for number, (name, own) in enumerate(RECIPES.items()):
             if arguments.only not in name:
                 continue
             overrides = [*COMMON, *own]
+            if arguments.cluster is None:
+                bigtrain("doctor", "--cluster-file", str(cluster))
             planned = json.loads(bigtrain("plan", *overrides, f"cluster={cluster}", "output=json"))["step_seconds"]
             real = measured(overrides, Path(folder) / str(number))
             errors.append(planned / real - 1)

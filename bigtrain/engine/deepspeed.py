@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bigtrain import heap
 from bigtrain.batch import Batch, LossSums
 from bigtrain.config import Config, DeepSpeedConfig, MuonConfig, accumulation_steps, micro_batch
-from bigtrain.engine import lean, optimizers, shards, unpickling
+from bigtrain.engine import lean, optimizers, persistent, shards, unpickling
 from bigtrain.engine.base import LossFunction, StepOutcome, T, Write
 from bigtrain.engine.snapshot import snapshot
 from bigtrain.redact import redact
@@ -178,6 +178,8 @@ class DeepSpeedEngine:
             optimizers.set_lr(optimizer, 0.0)  # stage 0 makes an empty step at initialisation
         self.engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
         _norm_in_pieces(self.engine.optimizer)
+        if self.stage == 3:
+            persistent.gather_together(self.engine.optimizer)
         self.model = self.engine.module
         self.optimizer = optimizer
         if self.stage == 0:

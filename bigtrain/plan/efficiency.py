@@ -24,6 +24,10 @@ class Efficiency:
     optimizer: float  # of the memory bandwidth, in the optimizer step with clipping and casts
     layer_seconds: float  # a layer's hooks and launches that nothing hides, for each micro-batch
     exposed: float  # of a collective that runs beside computation, the fraction that it slows it down by
+    layer_step_seconds: float = (
+        0.0  # a layer's in an optimizer step; 0: in the optimizer's fraction, where that is fitted
+    )
+    step_seconds: float = 0.0  # the rest of what a step takes with next to nothing to compute
     tile: int = 128  # dimensions of a matmul are rounded up to it
     validated: bool = True  # against public rows of such devices
 
@@ -36,9 +40,10 @@ CPU = Efficiency(
 )
 
 
+FIXED = ("layer_seconds", "layer_step_seconds", "step_seconds")  # with _gathered where each layer's weights are
 # Attention: FlashAttention-2 reaches 50-73% of an A100, forward and backward, and 335 TFLOP/s of an H100 (arXiv
 # 2307.08691, section 4.1).
-MEASURABLE = ("matmul", "attention", "memory", "optimizer", "layer_seconds", "exposed")
+MEASURABLE = ("matmul", "attention", "memory", "optimizer", "exposed", *FIXED)
 
 
 def of(device: Device, precision: str = "bf16") -> Efficiency:

@@ -2,7 +2,7 @@
 
 As many processes as `train` would start run the same kernels at the same time, for they share caches, memory and clock:
 what one alone reaches is not what a rank gets. Every figure is the median of several tries: the best is what a kernel
-does between two moments of the others, and a step is the sum of many. The whole takes some 20 seconds.
+does between two moments of the others, and a step is the sum of many. The whole takes half a minute.
 
     python -m bigtrain.plan.measure RANK RANKS THREADS PORT DEVICE SECONDS    is one of those processes
 """
@@ -28,7 +28,8 @@ import yaml
 from bigtrain import hardware
 from bigtrain.config import LaunchConfig
 from bigtrain.errors import BigtrainError
-from bigtrain.plan import clusters
+from bigtrain.launch import ops
+from bigtrain.plan import clusters, fixed_costs
 from bigtrain.plan.clusters import Cluster
 
 TIMEOUT_SECONDS = 180
@@ -106,12 +107,17 @@ def _ranks(ranks: int, threads: int, device: str, budget_seconds: float) -> dict
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "TORCH_EXTENSIONS_DIR": str(ops.extensions_dir()), "PATH": ops.search_path(),
+    }  # fmt: skip
+    if device == "cpu":
+        environment["DS_ACCELERATOR"] = "cpu"
     told = [str(ranks), str(threads), str(port), device, str(budget_seconds)]
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "bigtrain.plan.measure", str(rank), *told],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=environment | {"LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(ranks)
     ]  # fmt: skip
@@ -200,7 +206,7 @@ def _main(rank: int, ranks: int, threads: int, port: int, device_name: str, budg
     latency = seconds(lambda: dist.all_reduce(small), tries=50)
     passes = 2 * (ranks - 1) / ranks
     link = passes * size / max(all_reduce - latency, 1e-9) / 1e9
-    efficiency |= _collectives(torch, message, seconds, link)
+    efficiency |= _collectives(torch, message, seconds, link) | fixed_costs.measured(device)
     result = {
         "peak_tflops": peaks,
         "memory_gb_per_second": bandwidth,
@@ -255,7 +261,6 @@ class _Kernels:
             found[f"attention{suffix}"] = self._attention(dtype) / (peaks[name] * 1e12)
             found[f"memory{suffix}"] = self._elementwise(dtype) / (bandwidth * 1e9)
         found["optimizer"] = self._optimizer() / (bandwidth * 1e9)
-        found["layer_seconds"] = self._layer()
         return found
 
     def _trained(self, function: Callable[[Any], Any], x: Any) -> float:
@@ -324,16 +329,6 @@ class _Kernels:
             optimizer.step()
 
         return 28 * count / self.seconds(run)
-
-    def _layer(self) -> float:
-        """Seconds of a block with next to no arithmetic in it, forward and backward: launches, hooks, Python."""
-        from bigtrain.config import DecoderConfig
-        from bigtrain.models.layers import Block
-
-        torch = self.torch
-        block = Block(DecoderConfig(dim=64, n_heads=2, vocab_size=64), 0).to(self.device)
-        x = torch.randn(1, 8, 64, device=self.device, requires_grad=True)
-        return self._trained(block, x)
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from bigtrain.config import Config, DeepSpeedConfig, accumulation_steps, micro_batch
 from bigtrain.plan import communication, flops
 from bigtrain.plan.clusters import Cluster
-from bigtrain.plan.efficiency import Efficiency, of
+from bigtrain.plan.efficiency import FIXED, Efficiency, of
 from bigtrain.plan.sizes import Sizes
 
 # Bytes that an optimizer step moves for each parameter: fp32 master and moments read and written, gradient read, weight
@@ -98,11 +99,15 @@ def estimate(config: Config, cluster: Cluster, ranks: int, sizes: Sizes) -> Step
 
 
 def assumed(config: Config, cluster: Cluster) -> Efficiency:
-    """The device's fractions. A layer's fixed seconds are those of fully sharded runs in public tables, and those of a
-    bare layer where they were measured here; what hooks make of the one or the other is a guess (see the interval)."""
-    found = of(cluster.device, config.train.precision)
-    measured, gathers = "layer_seconds" in cluster.device.efficiency, gathers_layers(config)
-    if gathers == measured:
+    """The device's fractions. A layer's fixed seconds are those that were measured here, with gathered weights or
+    without; else those of fully sharded runs in public tables, and what is left of them without is a guess (see the
+    interval)."""
+    found, gathers = of(cluster.device, config.train.precision), gathers_layers(config)
+    measured = cluster.device.efficiency
+    if gathers and "layer_seconds_gathered" in measured:
+        figures: dict[str, Any] = {name: measured.get(f"{name}_gathered", 0.0) for name in FIXED}
+        return replace(found, **figures)
+    if gathers == ("layer_seconds" in measured):
         return replace(found, layer_seconds=found.layer_seconds * (HOOKS if gathers else 1 / HOOKS))
     return found
 
@@ -144,7 +149,10 @@ def combine(ideal_step: Ideal, efficiency: Efficiency, overlap: bool) -> tuple[d
         "backward": backward,
         "recompute": recompute,
         "communication": exposed,
-        "optimizer": one.optimizer / efficiency.optimizer + one.optimizer_matmul / efficiency.matmul,
+        "optimizer": one.optimizer / efficiency.optimizer
+        + one.optimizer_matmul / efficiency.matmul
+        + one.layers * efficiency.layer_step_seconds
+        + efficiency.step_seconds,
         "offload": one.offload,
     }
     return parts, every + once
