@@ -42,7 +42,7 @@ class Timer:
             {name: tensor.to(device) for name, tensor in batch.items()}
             for batch in itertools.islice(self.task.held_out(share), BATCHES)
         ]
-        run: Any = torch.compile(model, dynamic=True) if self.compile else model
+        run: Any = compiled(model, device) if self.compile else model
         if self.compile:
             run.module = model  # where an engine's wrapper has it
         turn = itertools.cycle(batches)
@@ -81,6 +81,12 @@ class Timer:
             return sum(used) / 1e6 / seconds, "RAPL counters of the processor packages"
         busy = min(cores(), torch.get_num_threads())
         return busy * ASSUMED_WATTS_PER_CORE, f"assumed: {ASSUMED_WATTS_PER_CORE:g} W for each of {busy} cores"
+
+
+def compiled(model: nn.Module, device: torch.device) -> Any:
+    """For inference, at any size of batch. On a CPU with the weights as constants ("freezing"): int8 products run in
+    oneDNN's kernels only then, which want the weights packed beforehand."""
+    return torch.compile(model, dynamic=True, options={"freezing": True} if device.type == "cpu" else None)
 
 
 def _rapl() -> dict[str, int]:

@@ -24,9 +24,8 @@ class Efficiency:
     optimizer: float  # of the memory bandwidth, in the optimizer step with clipping and casts
     layer_seconds: float  # a layer's hooks and launches that nothing hides, for each micro-batch
     exposed: float  # of a collective that runs beside computation, the fraction that it slows it down by
-    layer_step_seconds: float = (
-        0.0  # a layer's in an optimizer step; 0: in the optimizer's fraction, where that is fitted
-    )
+    # What fitted fractions have in them, and measured ones beside them:
+    layer_step_seconds: float = 0.0  # a layer's in an optimizer step
     step_seconds: float = 0.0  # the rest of what a step takes with next to nothing to compute
     tile: int = 128  # dimensions of a matmul are rounded up to it
     validated: bool = True  # against public rows of such devices
@@ -38,12 +37,16 @@ HOPPER = Efficiency(matmul=0.61, attention=0.34, memory=0.59, optimizer=0.31, la
 CPU = Efficiency(
     matmul=0.75, attention=0.12, memory=0.5, optimizer=0.5, layer_seconds=4e-4, exposed=1.0, tile=16, validated=False
 )
-
-
-FIXED = ("layer_seconds", "layer_step_seconds", "step_seconds")  # with _gathered where each layer's weights are
 # Attention: FlashAttention-2 reaches 50-73% of an A100, forward and backward, and 335 TFLOP/s of an H100 (arXiv
 # 2307.08691, section 4.1).
+
+FIXED = ("layer_seconds", "layer_step_seconds", "step_seconds")  # with _gathered where each layer's weights are
 MEASURABLE = ("matmul", "attention", "memory", "optimizer", "exposed", *FIXED)
+
+
+def measured_widths(is_cpu: bool) -> tuple[int, int]:
+    """dim of the feed-forward layers whose matmuls are measured: matmul_narrow and matmul."""
+    return (256, 768) if is_cpu else (1024, 4096)
 
 
 def of(device: Device, precision: str = "bf16") -> Efficiency:

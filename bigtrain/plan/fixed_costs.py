@@ -11,7 +11,8 @@ import time
 from typing import Any
 
 DEPTHS = (1, 5)
-STEPS, WARM = 16, 4
+STEPS, WARM = 24, 4
+LEAST = 1e-6  # seconds: where two depths take equally long
 KINDS = {"": 2, "_gathered": 3}  # suffix of the figures' names -> ZeRO stage
 
 
@@ -24,13 +25,13 @@ def measured(device: Any) -> dict[str, float]:
     for suffix, stage in KINDS.items():
         (few_passes, few_steps), (many_passes, many_steps) = (_seconds(device, stage, depth) for depth in DEPTHS)
         further = DEPTHS[1] - DEPTHS[0]
-        layer = max(0.0, (many_passes - few_passes) / further)
-        layer_step = max(0.0, (many_steps - few_steps) / further)
+        layer = max(LEAST, (many_passes - few_passes) / further)
+        layer_step = max(LEAST, (many_steps - few_steps) / further)
         rest = few_passes + few_steps - DEPTHS[0] * (layer + layer_step)
         found |= {
             f"layer_seconds{suffix}": layer,
             f"layer_step_seconds{suffix}": layer_step,
-            f"step_seconds{suffix}": max(0.0, rest),
+            f"step_seconds{suffix}": max(LEAST, rest),
         }
     return found
 

@@ -29,12 +29,15 @@ from bigtrain import hardware
 from bigtrain.config import LaunchConfig
 from bigtrain.errors import BigtrainError
 from bigtrain.launch import ops
+from bigtrain.launch.local import KEEP_FREED_MEMORY
 from bigtrain.plan import clusters, fixed_costs
 from bigtrain.plan.clusters import Cluster
+from bigtrain.plan.efficiency import measured_widths
 
 TIMEOUT_SECONDS = 180
 DISK_MIB = 256
 MESSAGE_MIB = 32
+LAYERS = 6  # that a kernel is run for one after another
 
 
 def write_cluster_file(path: Path, budget_seconds: float = 0.8) -> Cluster:
@@ -112,7 +115,7 @@ def _ranks(ranks: int, threads: int, device: str, budget_seconds: float) -> dict
         "TORCH_EXTENSIONS_DIR": str(ops.extensions_dir()), "PATH": ops.search_path(),
     }  # fmt: skip
     if device == "cpu":
-        environment["DS_ACCELERATOR"] = "cpu"
+        environment |= {"DS_ACCELERATOR": "cpu", "GLIBC_TUNABLES": KEEP_FREED_MEMORY}
     told = [str(ranks), str(threads), str(port), device, str(budget_seconds)]
     processes = [
         subprocess.Popen(
@@ -214,7 +217,7 @@ def _main(rank: int, ranks: int, threads: int, port: int, device_name: str, budg
         "link_gb_per_second": link,
         "latency_us": latency / (2 * (ranks - 1)) * 1e6,
     }
-    dist.destroy_process_group()
+    dist.barrier()
     return result
 
 
@@ -257,29 +260,38 @@ class _Kernels:
         found: dict[str, float] = {}
         for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
             suffix = "" if name == "bf16" else f"_{name}"
-            found[f"matmul{suffix}"] = self._matmul(dtype) / (peaks[name] * 1e12)
+            widths = measured_widths(self.device.type != "cuda")
+            for kernel, dim in zip(("matmul_narrow", "matmul"), widths, strict=True):
+                found[f"{kernel}{suffix}"] = self._matmul(dim, dtype) / (peaks[name] * 1e12)
             found[f"attention{suffix}"] = self._attention(dtype) / (peaks[name] * 1e12)
             found[f"memory{suffix}"] = self._elementwise(dtype) / (bandwidth * 1e9)
         found["optimizer"] = self._optimizer() / (bandwidth * 1e9)
         return found
 
-    def _trained(self, function: Callable[[Any], Any], x: Any) -> float:
-        """Seconds of a forward and backward pass."""
+    def _trained(self, functions: list[Callable[[Any], Any]], x: Any) -> float:
+        """Seconds of a forward pass of each function, and then their backward passes, as of the layers of a model: what
+        one leaves behind is in no cache when it is needed again."""
+        inputs = [x.detach().clone().requires_grad_() for _ in functions]
 
         def run() -> None:
-            y = function(x)
-            y.backward(self.torch.ones_like(y))
+            for one in inputs:
+                one.grad = None
+            outputs = [function(one) for function, one in zip(functions, inputs, strict=True)]
+            self.torch.autograd.backward(outputs, [self.torch.ones_like(y) for y in outputs])
 
         return self.seconds(run)
 
-    def _matmul(self, dtype: Any) -> float:
+    def _matmul(self, dim: int, dtype: Any) -> float:
         """FLOP/s of a feed-forward layer's two matmuls, forward and backward."""
         torch = self.torch
-        rows, dim, wide = (8192, 2048, 8192) if self.device.type == "cuda" else (512, 512, 2048)
-        layers = torch.nn.Sequential(torch.nn.Linear(dim, wide, bias=False), torch.nn.Linear(wide, dim, bias=False))
-        layers = layers.to(self.device, dtype)
-        x = torch.randn(rows, dim, device=self.device, dtype=dtype, requires_grad=True)
-        return 3 * 2 * 2 * rows * dim * wide / self._trained(layers, x)
+        rows = 8192 if self.device.type == "cuda" else 1024
+
+        def layer() -> Any:
+            pair = torch.nn.Linear(dim, 4 * dim, bias=False), torch.nn.Linear(4 * dim, dim, bias=False)
+            return torch.nn.Sequential(*pair).to(self.device, dtype)
+
+        x = torch.randn(rows, dim, device=self.device, dtype=dtype)
+        return LAYERS * 3 * 2 * 2 * rows * 4 * dim**2 / self._trained([layer() for _ in range(LAYERS)], x)
 
     def _attention(self, dtype: Any) -> float:
         """FLOP/s of causal attention as models/layers.py runs it, its two projections taken off."""
@@ -294,10 +306,9 @@ class _Kernels:
                 return cpu_kernels.causal_attention(q, k, v)
             return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-        shape = (3, sequences, heads, length, head_dim)
-        x = torch.randn(shape, device=self.device, dtype=dtype, requires_grad=True)
+        x = torch.randn(3, sequences, heads, length, head_dim, device=self.device, dtype=dtype)
         work = 4.0 * sequences * heads * length * (length + 1) / 2 * head_dim
-        return 3.5 * work / self._trained(attend, x)
+        return LAYERS * 3.5 * work / self._trained([attend] * LAYERS, x)
 
     def _elementwise(self, dtype: Any) -> float:
         """Bytes per second of a norm, an activation and a residual, forward and backward."""
@@ -312,8 +323,9 @@ class _Kernels:
             y = cpu_kernels.gelu_tanh(y) if cpu_kernels.usable(y) else torch.nn.functional.gelu(y, approximate="tanh")
             return x + y
 
-        x = torch.randn(rows, dim, device=self.device, dtype=dtype, requires_grad=True)
-        return 3 * (2 + 2 + 3) * x.numel() * x.element_size() / self._trained(pass_through, x)
+        x = torch.randn(rows, dim, device=self.device, dtype=dtype)
+        moved = LAYERS * 3 * (2 + 2 + 3) * x.numel() * x.element_size()
+        return moved / self._trained([pass_through] * LAYERS, x)
 
     def _optimizer(self) -> float:
         """Bytes per second of AdamW with clipping, 28 bytes a parameter."""
@@ -333,4 +345,5 @@ class _Kernels:
 
 if __name__ == "__main__":
     RANK, RANKS, THREADS, PORT = map(int, sys.argv[1:5])
-    print(json.dumps(_main(RANK, RANKS, THREADS, PORT, sys.argv[5], float(sys.argv[6]))))
+    print(json.dumps(_main(RANK, RANKS, THREADS, PORT, sys.argv[5], float(sys.argv[6]))), flush=True)
+    os._exit(0)  # as the ranks of a run end: threads of gloo may outlive their group, and abort

@@ -14,7 +14,7 @@ from typing import Any
 from bigtrain.config import Config, DeepSpeedConfig, accumulation_steps, micro_batch
 from bigtrain.plan import communication, flops
 from bigtrain.plan.clusters import Cluster
-from bigtrain.plan.efficiency import FIXED, Efficiency, of
+from bigtrain.plan.efficiency import FIXED, Efficiency, measured_widths, of
 from bigtrain.plan.sizes import Sizes
 
 # Bytes that an optimizer step moves for each parameter: fp32 master and moments read and written, gradient read, weight
@@ -22,6 +22,7 @@ from bigtrain.plan.sizes import Sizes
 OPTIMIZER_BYTES = {"adamw": 28, "adamw8bit": 16, "adafactor": 20, "lion": 20, "muon": 24}
 HOST_BYTES_PER_SECOND = 200e9  # of a node's main memory, for an optimizer on the CPU: eight channels of DDR4
 HOOKS = 3.0  # how much longer a layer's fixed seconds are with ZeRO-3's hooks
+GRADIENT_PASSES = 6  # over each gradient: into a bucket, divided there, out of it and onto the earlier ones
 MUON_MATMULS = 15  # five Newton-Schulz iterations of three matmuls
 
 FORMULAS = {
@@ -102,14 +103,25 @@ def assumed(config: Config, cluster: Cluster) -> Efficiency:
     """The device's fractions. A layer's fixed seconds are those that were measured here, with gathered weights or
     without; else those of fully sharded runs in public tables, and what is left of them without is a guess (see the
     interval)."""
-    found, gathers = of(cluster.device, config.train.precision), gathers_layers(config)
+    precision = config.train.precision
+    found, gathers = of(cluster.device, precision), gathers_layers(config)
     measured = cluster.device.efficiency
+    narrow = measured.get(f"matmul_narrow_{precision}", measured.get("matmul_narrow"))
+    if narrow is not None:
+        dim = flops.our_model(config.model).dim
+        found = replace(found, matmul=between(dim, measured_widths(cluster.device.is_cpu), (narrow, found.matmul)))
     if gathers and "layer_seconds_gathered" in measured:
         figures: dict[str, Any] = {name: measured.get(f"{name}_gathered", 0.0) for name in FIXED}
         return replace(found, **figures)
     if gathers == ("layer_seconds" in measured):
         return replace(found, layer_seconds=found.layer_seconds * (HOOKS if gathers else 1 / HOOKS))
     return found
+
+
+def between(width: float, widths: tuple[int, int], values: tuple[float, float]) -> float:
+    """Of `values` at two widths, that at `width`: along the width's logarithm, and level outside."""
+    share = math.log(width / widths[0]) / math.log(widths[1] / widths[0])
+    return values[0] + min(1.0, max(0.0, share)) * (values[1] - values[0])
 
 
 def gathers_layers(config: Config) -> bool:
@@ -184,6 +196,9 @@ def ideal(
         recompute += one if again and matmul.in_block and matmul.again else 0.0
     attention = sum(scores.computed for scores in work.scores) / wide
     memory = flops.elementwise_bytes(config, sequences, element) / bandwidth
+    copies = 0.0  # fractions that were fitted on whole steps have them in them, measured ones have not
+    if device.efficiency and isinstance(config.engine, DeepSpeedConfig) and ranks > 1:
+        copies = GRADIENT_PASSES * element * trained / bandwidth
     accumulation = accumulation_steps(config, ranks)
     layers = _layers(config)
     sent = communication.collectives(config, ranks, parameters, trained, layers)
@@ -198,7 +213,7 @@ def ideal(
         matmul_forward=forward, matmul_backward=backward, matmul_recompute=recompute,
         attention_forward=attention, attention_backward=attention * flops.FLASH_BACKWARD,
         attention_recompute=attention if again else 0.0,
-        memory_forward=memory, memory_backward=2 * memory, memory_recompute=memory if again else 0.0,
+        memory_forward=memory, memory_backward=2 * memory + copies, memory_recompute=memory if again else 0.0,
         optimizer=optimizer, optimizer_matmul=products, offload=offload,
         communication_micro_batch=every / accumulation, communication_step=total - every,
         layers=layers, accumulation=accumulation,

@@ -26,13 +26,11 @@ def test_measures_and_plans_with_it(tmp_path: Path) -> None:
     assert 0.001 < cluster.intra_node_gb_per_second < 10_000
     assert 0 < cluster.disk_gb_per_second < 1000
     assert set(device.efficiency) == {
-        "matmul", "matmul_fp32", "attention", "attention_fp32", "memory", "memory_fp32", "optimizer",
-        "all_gather", "reduce_scatter", "layer_seconds", "layer_step_seconds", "step_seconds", "layer_seconds_gathered",
-        "layer_step_seconds_gathered", "step_seconds_gathered",
+        "matmul", "matmul_fp32", "matmul_narrow", "matmul_narrow_fp32", "attention", "attention_fp32",
+        "memory", "memory_fp32", "optimizer", "all_gather", "reduce_scatter", "layer_seconds", "layer_step_seconds",
+        "step_seconds", "layer_seconds_gathered", "layer_step_seconds_gathered", "step_seconds_gathered",
     }  # fmt: skip
-    assert all(value >= 0 for value in device.efficiency.values())
-    assert device.efficiency["layer_seconds_gathered"] > 0
-    assert device.efficiency["step_seconds"] > 0
+    assert all(value > 0 for value in device.efficiency.values())
     # What is not measured says so.
     source = yaml.safe_load(file.read_text())["source"]
     assert source["device.peak_tflops"] == "measured on this machine"

@@ -131,3 +131,8 @@ assert "torch" not in sys.modules, "torch was imported"
     started = time.perf_counter()
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
     assert time.perf_counter() - started < 60
+
+
+def test_a_figure_between_two_widths() -> None:
+    for width, value in ((64, 0.2), (256, 0.2), (443.4, 0.3), (768, 0.4), (4096, 0.4)):
+        assert step_time.between(width, (256, 768), (0.2, 0.4)) == pytest.approx(value, abs=1e-3)
