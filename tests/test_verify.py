@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -19,11 +18,15 @@ class Finder:
         if name != "bigtrain.engine.deepspeed":
             return None
         sys.meta_path.remove(self)
-        import bigtrain.engine.deepspeed as module
-        right = module.DeepSpeedEngine.forward_backward
-        module.DeepSpeedEngine.forward_backward = lambda self, f, b, scale, last: right(self, f, b, 2 * scale, last)
         from importlib.util import find_spec
-        return find_spec(name)
+        spec = find_spec(name)
+        run = spec.loader.exec_module
+        def run_and_change(module):
+            run(module)
+            right = module.DeepSpeedEngine.forward_backward
+            module.DeepSpeedEngine.forward_backward = lambda self, f, b, scale, last: right(self, f, b, 2 * scale, last)
+        spec.loader.exec_module = run_and_change
+        return spec
 sys.meta_path.insert(0, Finder())
 """
 
@@ -58,6 +61,7 @@ def test_wrong_gradients_are_not_trusted(tmp_path: Path, data_cache: Path) -> No
     path = f"{tmp_path / 'site'}:{Path(__file__).parents[1]}"
     output = bigtrain(
         "verify", *TINY, f"run_dir={tmp_path / 'runs'}", f"data.cache_dir={data_cache}",
-        f"launch.env={json.dumps({'PYTHONPATH': path})}", expect=1,
+        f"launch.env={{PYTHONPATH: '{path}'}}", expect=1,
     )  # fmt: skip
-    assert "this stack cannot be trusted with this config: its gradients' norm;" in output
+    assert "this stack cannot be trusted with this config: " in output
+    assert "its gradients' norm;" in output

@@ -114,5 +114,6 @@ def _dispatch(model: Any, checkpoint: Path, where: torch.device, max_memory: dic
     places = device_map | {"-": "cpu"}
     load_checkpoint_in_model(model, checkpoint, places, offload_folder=folder.name, dtype=dtype)
     _alias_tied(tied, Path(folder.name))
-    dispatch_model(model, device_map, main_device=where, offload_dir=folder.name, force_hooks=True)
+    main = "cpu" if where.type == "cpu" else where  # the word: with the device accelerate would offload to it
+    dispatch_model(model, device_map, main_device=main, offload_dir=folder.name, force_hooks=True)
     model.device_map, model.offload_folder = device_map, folder  # which goes when the model does

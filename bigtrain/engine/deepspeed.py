@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bigtrain import heap
 from bigtrain.batch import Batch, LossSums
 from bigtrain.config import Config, DeepSpeedConfig, MuonConfig, accumulation_steps, micro_batch
-from bigtrain.engine import lean, optimizers, persistent, shards, unpickling
+from bigtrain.engine import disk_states, lean, optimizers, persistent, shards, unpickling
 from bigtrain.engine.base import LossFunction, StepOutcome, T, Write
 from bigtrain.engine.snapshot import snapshot
 from bigtrain.redact import redact
@@ -267,17 +267,29 @@ class DeepSpeedEngine:
         self.engine._copy_recovery_script = lambda path: None  # consolidated weights lie beside it already
         writer.save = guarded
         try:
-            self.engine.save_checkpoint(str(directory), tag=STATE, save_latest=False)
+            with self._all_but_disk_states():
+                self.engine.save_checkpoint(str(directory), tag=STATE, save_latest=False)
         finally:
             writer.save = write
         if problems:
             raise problems[0]
+        if self._states_on_disk:
+            disk_states.save(self.engine.optimizer, directory / STATE, self.rank)
         shards.write_layout(self, directory / STATE)
         return writes
 
     def load(self, directory: Path) -> None:
-        with optimizers.hyperparameters_kept(self.optimizer):
+        with optimizers.hyperparameters_kept(self.optimizer), self._all_but_disk_states():
             self.engine.load_checkpoint(str(directory), tag=STATE)
+        if self._states_on_disk:
+            disk_states.load(self.engine.optimizer, directory / STATE, self.rank)
+
+    @property
+    def _states_on_disk(self) -> bool:
+        return shards.form(self) == shards.NVME
+
+    def _all_but_disk_states(self) -> contextlib.AbstractContextManager[None]:
+        return disk_states.left_out(self.engine) if self._states_on_disk else contextlib.nullcontext()
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         import deepspeed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import tempfile
 from dataclasses import replace
@@ -134,6 +135,25 @@ def resumed(choices: dict[str, dict[str, Any]], precision: str, folder: str) -> 
         same = all(torch.equal(weights[key], tensor) for key, tensor in built.weights())
         result[name] = {"whole": whole, "resumed": half, "same_weights": same}
     return result
+
+
+def session(choice: dict[str, Any], precision: str, folder: str, first: int, end: int) -> dict[str, Any]:
+    """Steps first to end-1 in a process of their own, from the checkpoint where first is not 0, into one where end is
+    not the last: their curve, and a digest of the weights."""
+    host = join()
+    config = make(choice, precision)
+    built = build(config, dropout=0.1)
+    torch.manual_seed(host.rank if first == 0 else 999)  # loading must put this right
+    if first:
+        (checkpoint,) = checkpoints(Path(folder))
+        store.load(checkpoint, built)
+    curve = train(built, config, host, first, end)
+    if end < STEPS:
+        store.save(Path(folder), end, built, host, {}, keep=1)
+    digest = hashlib.sha256()
+    for _, tensor in built.weights():
+        digest.update(tensor.float().numpy().tobytes())
+    return {"curve": curve, "weights": digest.hexdigest()}
 
 
 def refused(choices: dict[str, dict[str, Any]], precision: str, folder: str) -> dict[str, str]:
