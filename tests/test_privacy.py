@@ -139,7 +139,7 @@ def recipe() -> dict[str, Any]:
         ({"train.lora.rank": 2, "train.lora.dropout": 0.1, "init_from": "x"}, "train.lora.dropout=0.1: hides"),
         ({"compress.prune": {}}, "compress.prune='on': learns from the examples beside the noise"),
         ({"compress.quantize": {}}, "compress.quantize='on'"),
-        ({"task.adversarial": "fgm"}, "task.adversarial='fgm': an example's gradient"),
+        ({"task": {"kind": "classification", "adversarial": "fgm"}}, "task.adversarial='fgm': an example's gradient"),
         ({"model.unpadded": True}, "model.unpadded=True: packs"),
         ({"data": {"kind": "labelled", "path": "a.tsv"}}, "data.tokenizer.path=None: a tokenizer that is trained on"),
     ],
@@ -266,7 +266,7 @@ def test_the_plan_counts_a_gradient_for_each_example(recipe: dict[str, Any]) -> 
     config.model.vocab_size = 1024
     size, plain = sizes.of_run(config), _with(config, target_epsilon=None)
     with_them, without = (memory.estimate(each, 1, size, "cpu").peak for each in (config, plain))
-    assert with_them.parts["gradients"] == 4 * size.trained * 33
+    assert with_them.parts["gradients"] == 4 * size.trained * (config.train.micro_batch + 1)
     assert with_them.total > without.total + 4 * size.trained * 30
 
 
@@ -305,8 +305,8 @@ def test_more_steps_are_more_epsilon_unless_that_was_the_target(forty: Config) -
 # ----------------------------------------------------------------------------------------------------- runs
 
 SMALL = [
-    "experiment=private", "model.dim=32", "model.n_layers=1", "model.max_seq_len=32", "model.dropout=0.1",
-    "data.tokenizer.vocab_size=300", "train.steps=6", "train.global_batch=12", "train.micro_batch=4",
+    "experiment=private", "task=classification", "model.dim=32", "model.n_layers=1", "model.max_seq_len=32",
+    "model.dropout=0.1", "data.tokenizer.vocab_size=300", "train.steps=6", "train.global_batch=12", "train.micro_batch=4",
     "train.eval_every=0", "train.eval_batches=1", "train.save_every=3", "logger.progress=false",
 ]  # fmt: skip
 
@@ -367,4 +367,5 @@ def test_the_recipe_learns_within_its_epsilon(tmp_path: Path, data_cache: Path) 
     done = result(tmp_path)
     assert done["privacy/epsilon"] <= 8
     assert done["privacy/noise"] == "secret"
-    assert done["eval/accuracy"] > done["eval/majority"] + 0.05
+    assert done["eval/f1"] > 0.3  # of the names' roles, none of which is found by saying always the same
+    assert done["eval/accuracy"] > 0.7
