@@ -306,8 +306,8 @@ def test_more_steps_are_more_epsilon_unless_that_was_the_target(forty: Config) -
 
 SMALL = [
     "experiment=private", "task=classification", "model.dim=32", "model.n_layers=1", "model.max_seq_len=32",
-    "model.dropout=0.1", "data.tokenizer.vocab_size=300", "train.steps=6", "train.global_batch=12", "train.micro_batch=4",
-    "train.eval_every=0", "train.eval_batches=1", "train.save_every=3", "logger.progress=false",
+    "model.dropout=0.1", "data.tokenizer.vocab_size=300", "train.steps=6", "train.global_batch=12",
+    "train.micro_batch=4", "train.eval_every=0", "train.eval_batches=1", "train.save_every=3", "logger.progress=false",
 ]  # fmt: skip
 
 
