@@ -5,7 +5,7 @@
 
     dense     `bigtrain train experiment=finetune`, for --epochs
     sparse    from the dense one, half of the linear layers' weights held at zero, more and more of them over the first
-              part of --recover-epochs, with the dense one as teacher (logits and hidden states); from that, 80%
+              part of --recover-epochs, with the dense one as teacher (logits and hidden states); 80% in twice as many
     half      half of its layers, distilled: logits and hidden states
     + int8    each of them with int8 weights and inputs (PTQ, dynamic), without training
 
@@ -101,24 +101,18 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     def steps(epochs: float) -> int:
         return int(arguments.steps or round(epochs * examples / BATCH))
 
-    def paced(number: int, lr: float = arguments.lr) -> list[str]:
-        return [f"train.steps={number}", f"schedule.warmup_steps={number // 10}", f"optimizer.lr={lr}"]
+    def paced(number: int) -> list[str]:
+        return [f"train.steps={number}", f"schedule.warmup_steps={number // 10}", f"optimizer.lr={arguments.lr}"]
 
     dense = out / "dense"
     train(dense, *common, *paced(steps(arguments.epochs)), f"model.path={arguments.model.resolve()}")
     number = steps(arguments.recover_epochs)
     taught = [*common, f"compress.distil.teacher={dense}", "compress.distil.alpha=0.7", "compress.distil.hidden=1"]
-    train(
-        out / "sparse-0.5", *taught, *paced(number), f"model.path={dense}", "compress=[prune_global,distil]",
-        "compress.prune.sparsity=0.5",
-    )  # fmt: skip
-    # From the half sparse one, at half the rate and in small bites: straight from the dense one it forgets everything.
-    longer = steps(arguments.recover_epochs * 4 / 3)
-    train(
-        out / "sparse-0.8", *taught, *paced(longer, arguments.lr / 2), f"model.path={out / 'sparse-0.5'}",
-        "compress=[prune_global,distil]", "compress.prune.sparsity=0.8",
-        f"compress.prune.schedule={{begin: 0, end: {round(0.65 * longer)}, every: 2}}",
-    )  # fmt: skip
+    for sparsity, of_steps in ((0.5, number), (0.8, steps(2 * arguments.recover_epochs))):
+        train(
+            out / f"sparse-{sparsity}", *taught, *paced(of_steps), f"model.path={dense}",
+            "compress=[prune_global,distil]", f"compress.prune.sparsity={sparsity}",
+        )  # fmt: skip
     train(
         out / "half", *taught, *paced(number), f"model.path={dense}", f"model.n_layers={layers // 2}",
         "compress=[distil]", "compress.distil.init_from_teacher=true",

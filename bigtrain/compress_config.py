@@ -33,7 +33,10 @@ class PruneConfig:
     scope: Literal["global", "layer"] = "global"  # whether weights compete across layers or within each
     pattern: str | None = None  # N:M, at most N of each M neighbours in a row are kept: "2:4", "4:8"; null: anywhere
     include: list[str] = field(default_factory=lambda: ["*"])  # patterns of linear layers' names
-    exclude: list[str] = field(default_factory=lambda: ["*head", "*head.*", "*classifier*", "*qa_outputs"])
+    # Heads, and the pooler that they read: where it was never trained its weights are the smallest, and all would go.
+    exclude: list[str] = field(
+        default_factory=lambda: ["*head", "*head.*", "*pooler", "*pooler.*", "*classifier*", "*qa_outputs"]
+    )
     schedule: RampConfig = field(default_factory=RampConfig)
 
 

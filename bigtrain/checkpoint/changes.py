@@ -45,6 +45,7 @@ _REFUSED = {
     "compress": "the weights would mean something else",
     "init_from": "the run has weights of its own already",
 }
+_QUANTIZED = "compress.quantize"  # what is learned in a run's dense part stays, to be rounded from here on
 _SHOWN = 3  # differences in an error's line
 
 Verdict = Literal["listed", "named", "refused"]
@@ -77,6 +78,9 @@ def compare(before: Config, now: Config) -> list[Change]:
             )
     if now.train.privacy.target_epsilon is not None:  # which the noise follows from
         old["train.privacy (train.steps)"], new["train.privacy (train.steps)"] = before.train.steps, now.train.steps
+    if before.compress.quantize is None and now.compress.quantize is not None:
+        new = {name: value for name, value in new.items() if not _within(name, (_QUANTIZED,))}
+        new[_QUANTIZED] = f"int{now.compress.quantize.bits}"
     return [
         _judged(key, old.get(key), new.get(key), now)
         for key in dict.fromkeys([*old, *new])
@@ -87,6 +91,8 @@ def compare(before: Config, now: Config) -> list[Change]:
 def _judged(key: str, before: Any, now: Any, config: Config) -> Change:
     if _within(key, _LISTED):
         return Change(key, before, now, "listed")
+    if key == _QUANTIZED:
+        return Change(key, before, now, "named")
     if key == "train.global_batch" and isinstance(config.task, LABELLED_TASKS):
         why = "examples are grouped by length over many batches: some would be seen again and others never"
         return Change(key, before, now, "refused", why)

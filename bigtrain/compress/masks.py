@@ -50,6 +50,7 @@ class Masks:
         self.parts = [part for parts in self.of_flat.values() for part in parts]
         self.weights = sum(layer.shape.numel() for layer in layers)  # of all ranks
         self.pruned = 0  # of them
+        self.emptiest = 0.0  # the part that is pruned of the layer that has lost most
         self.buffer = torch.empty(BLOCK)
 
     def after_step(self, flat: Flat) -> None:
@@ -66,8 +67,12 @@ class Masks:
         shards.refresh(self.engine)
 
     def _count(self) -> None:
-        gone = sum(part.keep.numel() - int(part.keep.count_nonzero()) for part in self.parts)
-        self.pruned = int(shards.total(self.engine, torch.tensor([gone])))
+        gone = {layer.weight: 0 for layer in self.layers}
+        for part in self.parts:
+            gone[part.layer.weight] += part.keep.numel() - int(part.keep.count_nonzero())
+        of_all = shards.total(self.engine, torch.tensor(list(gone.values()))).tolist()
+        self.pruned = sum(of_all)
+        self.emptiest = max(lost / layer.shape.numel() for lost, layer in zip(of_all, self.layers, strict=True))
 
     @torch.no_grad()
     def _multiply(self, part: Part) -> None:

@@ -76,7 +76,11 @@ class Prune(Transform):
         self._listen(step)
 
     def metrics(self) -> dict[str, float]:
-        return {"compress/sparsity": self.masks.pruned / self.masks.weights}
+        """Of all chosen weights, and of the layer that has lost most: at 1 it is gone, and maybe the model with it."""
+        return {
+            "compress/sparsity": self.masks.pruned / self.masks.weights,
+            "compress/sparsity_of_emptiest_layer": self.masks.emptiest,
+        }
 
     def state(self) -> dict[str, Tensor]:
         found = self.masks.packed()

@@ -267,8 +267,7 @@ def quantize(model: nn.Module, scheme: Scheme, include: list[str], exclude: list
 class Quantize(Transform):
     """compress.quantize: quantization-aware training."""
 
-    name = "quantize"
-    stateful = True
+    name = "quantize"  # not `stateful`: a run that was dense so far has frozen no scales, and may begin with it here
 
     def __init__(self, config: QuantizeConfig) -> None:
         self.config, self.scheme = config, scheme_of(config)

@@ -9,6 +9,7 @@ import pytest
 
 from bigtrain.checkpoint import changes
 from bigtrain.checkpoint.find import Checkpoint
+from bigtrain.compress_config import CompressConfig, QuantizeConfig
 from bigtrain.config import (
     ClassificationConfig,
     Config,
@@ -79,6 +80,7 @@ def test_the_engine_may_change_and_is_listed() -> None:
         ({"schedule": ScheduleConfig(kind="linear")}, ["schedule.kind"]),
         ({"data": StdlibDataConfig(prepared_dir="/y/bbbb", held_out=0.1)}, ["data"]),
         ({"model": DecoderConfig(dropout=0.1)}, ["model.dropout"]),
+        ({"compress": CompressConfig(quantize=QuantizeConfig(bits=4, start=5))}, ["compress.quantize"]),
     ],
 )
 def test_what_is_named_may_change(changed: dict[str, object], names: list[str]) -> None:
@@ -92,6 +94,13 @@ def test_what_is_named_may_change(changed: dict[str, object], names: list[str]) 
     assert {change.verdict for change in found} == {"named"}
     with pytest.raises(ConfigError, match="holds another run"):
         changes.check(before, config(**changed, resume_allow=["optimizer.lr"]))
+
+
+def test_weights_that_were_learned_rounded_stay_so() -> None:
+    rounded, coarser = (config(compress=CompressConfig(quantize=QuantizeConfig(bits=bits))) for bits in (8, 4))
+    for now in (coarser, config()):
+        with pytest.raises(ConfigError, match=r"compress\.quantize\.bits is 8 there.*the weights would mean"):
+            changes.check(rounded, replace(now, resume_allow=["compress"]))
 
 
 def test_examples_grouped_by_length_keep_their_batch() -> None:

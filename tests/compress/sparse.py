@@ -69,7 +69,7 @@ class Sparse:
                 train(self.engine, self.config, self.host, self.step, self.step + 1)
             self.step += 1
             self.prune.update(self.step)
-            told = self.prune.metrics()["compress/sparsity"]
+            told, emptiest = self.prune.metrics().values()
             masks = self.keeps()
             weights = dict(self.engine.weights())
             if self.host.rank == 0:
@@ -79,6 +79,8 @@ class Sparse:
                 size = sum(keep.numel() for keep in masks.values())
                 if not zeros == size - kept == wanted == round(told * size):
                     wrong.append(f"step {self.step}: {zeros} zeros, {size - kept} pruned, told {told}, {wanted} wanted")
+                if emptiest != max(int((keep == 0).sum()) / keep.numel() for keep in masks.values()):
+                    wrong.append(f"step {self.step}: {emptiest} of no layer is pruned")
         return wrong
 
     def leave_out(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bigtrain import checks, models
 from bigtrain.compress import quantize
+from bigtrain.compress.base import load
 from bigtrain.compress.float8 import Float8
 from bigtrain.compress.quantize import Quantize, Scheme
 from bigtrain.compress_config import Float8Config, PruneConfig, QuantizeConfig
@@ -153,6 +154,14 @@ def test_the_schedule() -> None:
         transform.load_state(
             {name: scale for name, scale in transform.state().items() if "0.attention.out" not in name}
         )
+
+
+def test_it_may_begin_at_a_checkpoint_of_a_dense_run(tmp_path: Path) -> None:
+    transform = Quantize(QuantizeConfig(bits=4, group_size=16, start=2, freeze=2))
+    transform.apply(built())
+    load([transform], tmp_path, tmp_path)
+    transform.update(1)
+    assert not transform.frozen
 
 
 def test_training_compiled() -> None:
