@@ -160,6 +160,7 @@ def latencies(runs: dict[str, Path]) -> dict[str, dict[str, float]]:
     """{model, type and way of running: {batch: median seconds of a forward pass over held-out examples}}"""
     cpu_bf16.enable()
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+    torch._dynamo.config.recompile_limit = 64  # of one forward function, which all these models share
     defaults = QuantizeConfig()
     turns: dict[tuple[str, int], Callable[[], Any]] = {}
     for name, run in runs.items():
