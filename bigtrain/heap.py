@@ -7,6 +7,10 @@ import contextlib
 import ctypes
 import functools
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 EVERY_BYTES = 8 * 2**20  # of tensors that have come and gone
 
@@ -17,8 +21,9 @@ class Trimmer:
     def __init__(self) -> None:
         self._bytes = 0
 
-    def freed(self, size: int) -> None:
-        self._bytes += size
+    def freed(self, tensor: Tensor) -> None:
+        """It is about to be; what is on a GPU is not the C library's."""
+        self._bytes += tensor.nbytes if tensor.device.type == "cpu" else 0
         if self._bytes >= EVERY_BYTES:
             trim()
             self._bytes = 0
@@ -30,7 +35,7 @@ def trimmed_while_born() -> Iterator[None]:
     from torch.nn.modules.module import register_module_parameter_registration_hook
 
     trimmer = Trimmer()
-    handle = register_module_parameter_registration_hook(lambda _, __, parameter: trimmer.freed(parameter.nbytes))
+    handle = register_module_parameter_registration_hook(lambda _, __, parameter: trimmer.freed(parameter))
     try:
         yield
     finally:

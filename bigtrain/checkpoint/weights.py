@@ -173,12 +173,13 @@ def _shape(parameter: nn.Parameter) -> torch.Size:
 @torch.no_grad()
 def _write(parameter: nn.Parameter, tensor: Tensor, trimmer: Trimmer) -> None:
     """Copy a tensor into a parameter. Of a sharded one, each rank keeps its part of what rank 0 writes."""
-    trimmer.freed(tensor.nbytes)
     if not _sharded(parameter):
         parameter.copy_(tensor)
+        trimmer.freed(tensor)
         return
     import deepspeed
 
     with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
         if not tensor.is_meta:
             parameter.copy_(tensor)
+        trimmer.freed(parameter)

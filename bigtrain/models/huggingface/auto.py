@@ -280,8 +280,8 @@ def _draw(module: nn.Module, owner: Any, trimmer: Trimmer) -> None:
     own = {id(parameter): parameter for part in near for parameter in part.parameters(recurse=False)}
     with _gathered(list(own.values())):
         owner._init_weights(module)
-        size = sum(parameter.nbytes for parameter in own.values())
-    trimmer.freed(size)
+        for parameter in own.values():
+            trimmer.freed(parameter)
 
 
 @contextlib.contextmanager
