@@ -137,9 +137,9 @@ def resumed(choices: dict[str, dict[str, Any]], precision: str, folder: str) -> 
     return result
 
 
-def session(choice: dict[str, Any], precision: str, folder: str, first: int, end: int) -> dict[str, Any]:
-    """Steps first to end-1 in a process of their own, from the checkpoint where first is not 0, into one where end is
-    not the last: their curve, and a digest of the weights."""
+def session(choice: dict[str, Any], precision: str, folder: str, first: int, save_at: int, end: int) -> dict[str, Any]:
+    """Steps first to end-1 in a process of their own, from the checkpoint in `folder` where first is not 0, and with
+    one saved on the way unless save_at is 0: their curve, and a digest of the weights."""
     host = join()
     config = make(choice, precision)
     built = build(config, dropout=0.1)
@@ -147,9 +147,10 @@ def session(choice: dict[str, Any], precision: str, folder: str, first: int, end
     if first:
         (checkpoint,) = checkpoints(Path(folder))
         store.load(checkpoint, built)
-    curve = train(built, config, host, first, end)
-    if end < STEPS:
-        store.save(Path(folder), end, built, host, {}, keep=1)
+    curve = train(built, config, host, first, save_at or end)
+    if save_at:
+        store.save(Path(folder), save_at, built, host, {}, keep=1)
+        curve += train(built, config, host, save_at, end)
     digest = hashlib.sha256()
     for _, tensor in built.weights():
         digest.update(tensor.float().numpy().tobytes())

@@ -77,12 +77,16 @@ def test_resume_with_nvme_offload(tmp_path: Path) -> None:
     DeepSpeed names the files on the disk by how many parameters the process has made before."""
     choice = NVME | {"nvme_path": str(tmp_path)}
 
-    def session(first: int, end: int) -> list[dict[str, Any]]:
-        given = {"choice": choice, "precision": "bf16", "folder": f"{tmp_path}/zero_infinity"}
-        given |= {"first": first, "end": end}
-        return run_ranks("tests.distributed.curves:session", 2, given)
+    def session(name: str, first: int, save_at: int, end: int) -> list[dict[str, Any]]:
+        given = {"choice": choice, "precision": "bf16", "folder": f"{tmp_path}/{name}"}
+        return run_ranks(
+            "tests.distributed.curves:session", 2, given | {"first": first, "save_at": save_at, "end": end}
+        )
 
-    whole, half, rest = session(0, STEPS), session(0, STEPS // 2), session(STEPS // 2, STEPS)
+    whole = session("none", 0, 0, STEPS)
+    assert session("on_the_way", 0, STEPS // 2, STEPS) == whole  # a save changes nothing
+    half = session("zero_infinity", 0, STEPS // 2, STEPS // 2)
+    rest = session("zero_infinity", STEPS // 2, 0, STEPS)
     for uninterrupted, before, after in zip(whole, half, rest, strict=True):
         assert before["curve"] + after["curve"] == uninterrupted["curve"]
         assert after["weights"] == uninterrupted["weights"]
