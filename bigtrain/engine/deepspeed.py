@@ -185,6 +185,7 @@ class DeepSpeedEngine:
         if self.stage == 0:
             optimizer.state.clear()  # ... which must not count as the first for Adam's bias correction
         unpickling.allow_deepspeed()
+        heap.trim()  # of what the parameters were before DeepSpeed moved them into flat buffers
 
     def forward_backward(self, loss_function: LossFunction, batch: Batch, scale: float, last: bool) -> LossSums:
         self.engine.set_gradient_accumulation_boundary(last)

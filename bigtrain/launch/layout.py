@@ -68,7 +68,7 @@ def rank_environment(config: Config, placement: Placement, layout: Layout, rank:
     if placement.device == "cuda":
         variables["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
     else:
-        variables["GLIBC_TUNABLES"] = local.KEEP_FREED_MEMORY
+        variables["GLIBC_TUNABLES"] = local.heap_settings(config)
     interface = layout.interfaces[rank // layout.ranks]
     if interface is not None:
         variables["GLOO_SOCKET_IFNAME"] = interface

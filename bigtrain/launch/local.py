@@ -45,6 +45,9 @@ KEEP_FREED_MEMORY = ":".join(
         "tcache_count=0", "mxfast=0",
     )
 )  # fmt: skip
+# Who offloads to the disk is short of memory: the holes that kept memory gets are a fifth of such a run's, and its
+# steps wait for the disk, not for pages.
+GIVE_FREED_MEMORY_BACK = "glibc.malloc.mmap_threshold=1048576:glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"
 
 # What another launcher (Slurm, torchrun, a surrounding run) may have left in the environment would mislead this one.
 # GPUs are named to the launcher by number instead of CUDA_VISIBLE_DEVICES, which it ignores with a warning.
@@ -87,10 +90,16 @@ def start_of(config: Config, placement: Placement, sha256: str) -> Start:
     if placement.device == "cuda":
         environment["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"  # nvidia-smi's numbers
     else:
-        environment["GLIBC_TUNABLES"] = os.environ.get("GLIBC_TUNABLES", KEEP_FREED_MEMORY)
+        environment["GLIBC_TUNABLES"] = os.environ.get("GLIBC_TUNABLES", heap_settings(config))
         if "GLOO_SOCKET_IFNAME" not in os.environ and "lo" in psutil.net_if_addrs():
             environment["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo looks up the host's own name, which may lead nowhere
     return Start(command, environment | config.launch.env, FOREIGN, port)
+
+
+def heap_settings(config: Config) -> str:
+    """GLIBC_TUNABLES of a rank on CPUs."""
+    offloaded = {getattr(config.engine, f"offload_{what}", "none") for what in ("optimizer", "parameters")}
+    return GIVE_FREED_MEMORY_BACK if "nvme" in offloaded else KEEP_FREED_MEMORY
 
 
 def run(

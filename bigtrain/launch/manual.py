@@ -80,7 +80,7 @@ class Manual:
     def environment(self, config: Config) -> dict[str, str]:
         own = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
         if self.placement.device == "cpu":
-            own = {"GLIBC_TUNABLES": local.KEEP_FREED_MEMORY}
+            own = {"GLIBC_TUNABLES": local.heap_settings(config)}
         variables = {
             "DS_ACCELERATOR": self.placement.device, "OMP_NUM_THREADS": str(self.placement.threads_per_rank),
             "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1",

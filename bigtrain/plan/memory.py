@@ -179,12 +179,17 @@ class _Zero:
             shard = sum(map(self.shard, self.groups))
             gradients = 4 * shard + (gradients or (self.gradient_bytes * shard if self.accumulates else 0))
             host += self.element * shard if engine.stage < 3 else 0  # updated weights on their way back
+            update = {}
             if engine.offload_optimizer == "nvme":
                 disk += moved + 4 * shard
-                host += 4 * 4 * min(shard, self.sub_group) + gradients - 4 * shard  # buffer_count buffers
+                host += 4 * 4 * self.largest_sub_group + gradients - 4 * shard  # buffer_count buffers
+                born = 4 * 2 * self.largest_sub_group  # the first step makes its moments beside the buffers
+                if self.device == "cpu":
+                    update = {"temporary": born}
+                else:
+                    host += born
             else:
                 host += moved + gradients
-            update = {}
         if engine.offload_parameters != "none":
             moved = states.pop("parameters")
             if engine.offload_parameters == "nvme":
@@ -236,6 +241,20 @@ class _Zero:
         if self.engine.stage == 3:
             return sum(math.ceil(each.count / self.ranks) for each in group.parameters)
         return 2 * math.ceil(group.count / (2 * self.ranks))
+
+    @cached_property
+    def largest_sub_group(self) -> int:
+        """Elements that a rank updates at once: ZeRO-3's sub-groups end with the parameter that reaches the limit."""
+        if self.engine.stage < 3:
+            return max(map(self.shard, self.groups), default=0)
+        sizes = [0]
+        for group in self.groups:
+            for each in group.parameters:
+                sizes[-1] += math.ceil(each.count / self.ranks)
+                if sizes[-1] >= self.sub_group:
+                    sizes.append(0)
+            sizes.append(0)
+        return max(sizes)
 
     @property
     def accumulates(self) -> bool:
@@ -366,8 +385,7 @@ class _Zero:
         shards = [self.shard(group) for group in self.groups]
         if stage == 0:
             return {"gradients": element * self.sizes.trained, "temporary": 4 * self.sizes.trained * (element == 2)}
-        largest = min(max(shards, default=0), self.sub_group)
-        copies = largest * (4 + (self.gradient_bytes if self.gradient_bytes != 4 else 0))
+        copies = self.largest_sub_group * (4 + (self.gradient_bytes if self.gradient_bytes != 4 else 0))
         owned = self.owned if stage < 3 and self.gradient_bytes == element else sum(shards)
         held = {} if stage == 3 else {"gradients": self.gradient_bytes * owned}
         if stage < 3:  # the norm is computed in fp64, piece by piece

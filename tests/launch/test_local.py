@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from bigtrain.config import from_dict
 from bigtrain.launch import local
 from bigtrain.launch.supervise import WORKER
 
@@ -271,3 +272,9 @@ print(after.ru_minflt - before.ru_minflt)
     environment = {**os.environ, "GLIBC_TUNABLES": local.KEEP_FREED_MEMORY}
     faults = int(subprocess.check_output([sys.executable, "-c", script], env=environment, text=True))
     assert faults < 2000  # 16 tensors of 16,384 pages
+
+
+def test_a_run_that_offloads_to_the_disk_keeps_no_freed_memory(tmp_path: Path) -> None:
+    on_disk = {"kind": "deepspeed", "stage": 3, "offload_optimizer": "nvme", "nvme_path": str(tmp_path)}
+    assert local.heap_settings(from_dict({"engine": on_disk})) == local.GIVE_FREED_MEMORY_BACK
+    assert local.heap_settings(from_dict({"engine": on_disk | {"offload_optimizer": "cpu"}})) == local.KEEP_FREED_MEMORY

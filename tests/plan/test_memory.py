@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from bigtrain.config import from_dict
 from bigtrain.plan import memory, sizes
 from bigtrain.plan.clusters import find
 from tests.distributed.ranks import run_ranks
+from tests.runs import bigtrain
 
 HELD_TO = [
     "GPT, ZeRO-0, bf16",
@@ -62,6 +65,28 @@ def test_offload_moves_states_off_the_device() -> None:
     on_disk = estimate(3, 8, wide, offload_optimizer="nvme", nvme_path="/nvme")
     assert on_disk.disk >= kept
     assert on_disk.host < moved.host
+
+
+def test_what_is_updated_at_a_time_ends_with_the_parameter_that_reaches_the_limit() -> None:
+    """As in DeepSpeed's stage3.py, `_create_fp16_sub_groups`; each of its four buffers holds the largest."""
+    table, square = 8192 * 512, 512 * 512
+    of_one, of_many = (
+        estimate(3, 1, offload_optimizer="nvme", nvme_path="/nvme",
+                 deepspeed={"zero_optimization": {"sub_group_size": size}}).host
+        for size in (1, table + 1)
+    )  # fmt: skip
+    largest = (3 + 1 + 4 + 4) * square + (3 + 1 + 4) * square  # a block's matrices, and three of the next's
+    assert of_many - of_one == (4 + 2) * 4 * (largest - table)  # buffers, and the moments that the first step makes
+
+
+@pytest.mark.soak
+def test_a_billion_parameters_take_what_the_plan_said(tmp_path: Path) -> None:
+    """Of the resident memory of a rank: mapped libraries, the interpreter and all."""
+    bigtrain("train", "experiment=billion_on_a_laptop", f"run_dir={tmp_path}", timeout=1500)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["model/parameters"] > 1.0e9
+    assert (result["status"], result["train/steps"], result["train/dropped_updates"]) == ("finished", 3, 0)
+    assert result["perf/peak_memory_gib"] == pytest.approx(result["plan/peak_memory_gib"], rel=0.03)
 
 
 def test_what_comes_on_top_of_the_tensors() -> None:
