@@ -29,6 +29,7 @@ BUILDERS = {
 }  # fmt: skip
 NEEDS = {ASYNC_IO: "libaio-dev (Debian) or libaio-devel"}
 BUILD_TIMEOUT_SECONDS = 900
+LACKING = 3  # exit status of a build that DeepSpeed's own check of headers and libraries refused
 
 
 def extensions_dir() -> Path:
@@ -68,15 +69,17 @@ def missing(names: list[str], directory: Path) -> list[str]:
 
 
 def build(name: str, directory: Path, device: str) -> None:
-    """Compile one op into `directory`. Raises BigtrainError with the compiler's last telling line."""
+    """Compile one op into `directory`. Raises BigtrainError with what is missing, or the compiler's first error."""
     from rich.console import Console
 
     directory.mkdir(parents=True, exist_ok=True)
     remove_stale_locks(directory)
     environment = dict(os.environ, PATH=search_path(), TORCH_EXTENSIONS_DIR=str(directory), DS_ACCELERATOR=device)
     code = (
-        "from deepspeed.accelerator import get_accelerator;"
-        f"get_accelerator().create_op_builder({BUILDERS[name]!r}).load(verbose=False)"
+        "import sys; from deepspeed.accelerator import get_accelerator;"
+        f"builder = get_accelerator().create_op_builder({BUILDERS[name]!r});"
+        f"builder.is_compatible(verbose=False) or sys.exit({LACKING});"
+        "builder.load(verbose=False)"
     )
     started = time.monotonic()
     with Console(stderr=True).status(f"building DeepSpeed's native op {name} (the first time only)"):
@@ -90,8 +93,8 @@ def build(name: str, directory: Path, device: str) -> None:
     if done.returncode:
         log = directory / f"{name}.log"
         log.write_text(done.stdout + done.stderr)
-        lines = [line for line in (done.stdout + done.stderr).splitlines() if "error" in line.lower()]
-        reason = (lines or ["the compiler failed"])[0].strip()
+        lines = [line for line in (done.stdout + done.stderr).splitlines() if "error:" in line.lower()]
+        reason = _lacking(name) if done.returncode == LACKING else (lines or ["the compiler failed"])[0].strip()
         raise BigtrainError(f"DeepSpeed's native op {name} cannot be built: {reason}; the whole output is in {log}")
     if missing([name], directory):  # a DeepSpeed that was installed with its ops built
         (directory / name).mkdir(exist_ok=True)
@@ -155,5 +158,9 @@ def report() -> dict[str, str]:
         else:
             with contextlib.redirect_stdout(sys.stderr):  # what a failed check prints is no part of the answer
                 fits = builder.is_compatible(verbose=False)
-            found[name] = "can be built" if fits else f"{NEEDS.get(name, 'what DeepSpeed wants for it')} is missing"
+            found[name] = "can be built" if fits else _lacking(name)
     return found
+
+
+def _lacking(name: str) -> str:
+    return f"{NEEDS.get(name, 'what DeepSpeed wants for it')} is missing"
