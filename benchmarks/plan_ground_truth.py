@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import plan_accuracy
 from scipy.optimize import lsq_linear
 
-from bigtrain.config import Config, DecoderConfig, DeepSpeedConfig, TrainConfig
+from bigtrain.config import Config, DecoderConfig, DeepSpeedConfig, TrainConfig, from_dict, micro_batch
 from bigtrain.plan import clusters, communication, flops, memory, money, sizes, step_time
 from bigtrain.plan.efficiency import AMPERE, HOPPER, Efficiency
 
@@ -309,29 +310,107 @@ def zero_table() -> list[tuple[str, float]]:
     return found
 
 
-def peers_on_zero_table() -> dict[str, Errors]:
-    """What others' estimators say of the same table. accelerate's knows no ranks."""
+# ------------------------------------------------------------------------------------- memory, beside peers
+
+PEERS = ("bigtrain plan", "DeepSpeed", "accelerate", "EleutherAI")
+MEASURED = (  # of plan_accuracy's recipes
+    "GPT, ZeRO-2, bf16, checkpointing",
+    "GPT, ZeRO-3, bf16",
+    "Llama, ZeRO-2, bf16",
+    "Llama, ZeRO-3, fp32",
+    "BERT, ZeRO-2, bf16",
+)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One memory of one rank, and relative errors, signed, of what each of PEERS says; None: it says nothing."""
+
+    what: str
+    truth: str
+    errors: tuple[float | None, ...]
+
+
+def peers(parameters: int, largest: int, ranks: int, stage: int, element: int, rest: float) -> list[float | None]:
+    """Bytes of a rank. largest: elements of the largest layer; rest: what EleutherAI adds to the states.
+
+    DeepSpeed has estimators of the states of stages 2 and 3. accelerate's (`estimate-memory`) knows neither ranks nor
+    stages nor batches. EleutherAI's cookbook (calc/calc_transformer_mem.py) has fp32 gradients.
+    """
     from accelerate.commands.estimate import estimate_training_usage
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
-    errors: dict[str, list[float]] = {"DeepSpeed's estimators": [], "accelerate": [], "EleutherAI's cookbook": []}
+    deepspeed = None
+    if stage == 2:
+        deepspeed = float(estimate_zero2_model_states_mem_needs(parameters, ranks, 1, cpu_offload=False)[1])
+    if stage == 3:
+        deepspeed = float(estimate_zero3_model_states_mem_needs(parameters, largest, ranks, 1, False, False)[1])
+    usage = estimate_training_usage(4 * parameters, "float32" if element == 4 else "bfloat16")
+    weights, gradients, optimizer = (1 / ranks if stage >= least else 1.0 for least in (3, 2, 1))
+    states = parameters * (element * weights + 4 * gradients + 12 * optimizer)
+    return [deepspeed, float(max(usage.values())), states + rest]
+
+
+def peers_on_zero_table() -> list[Compared]:
+    """All 54 figures of the ZeRO paper's table 1, which are of model states alone."""
+    found = []
     for line in read("zero_table1"):
         parameters, ranks = int(float(line["parameters_billions"]) * 1e9), int(line["ranks"])
         for stage in (1, 2, 3):
             truth = float(line[f"stage{stage}_gb"])
-            if stage == 2:
-                estimate = estimate_zero2_model_states_mem_needs(parameters, ranks, 1, cpu_offload=False)[1]
-                errors["DeepSpeed's estimators"].append(estimate / 1e9 / truth - 1)
-            if stage == 3:
-                estimate = estimate_zero3_model_states_mem_needs(parameters, 0, ranks, 1, False, False)[1]
-                errors["DeepSpeed's estimators"].append(estimate / 1e9 / truth - 1)
-            usage = max(estimate_training_usage(4 * parameters, "bfloat16").values())
-            errors["accelerate"].append(usage / 1e9 / truth - 1)
-            # calc/calc_transformer_mem.py: fp32 gradients, without its buffers
-            gib = parameters * (2 / (ranks if stage == 3 else 1) + 4 / (ranks if stage >= 2 else 1) + 12 / ranks)
-            errors["EleutherAI's cookbook"].append(gib / 1e9 / truth - 1)
-    return {name: Errors(np.array(values)) for name, values in errors.items()}
+            said = [zero_states_gb(parameters, ranks, stage) * 1e9, *peers(parameters, 0, ranks, stage, 2, 0.0)]
+            what = f"{line['parameters_billions']}B, ZeRO-{stage}, {ranks} ranks, states"
+            found.append(Compared(what, f"{truth:g} GB", _errors(said, truth * 1e9)))
+    return found
+
+
+def peers_on_real_peaks() -> list[Compared]:
+    """Peaks of real ranks, measured now (plan_accuracy.py says how). Each estimator is told the run's own numbers."""
+    ranks, found = 2, []
+    real = plan_accuracy.in_ranks([plan_accuracy.RECIPES[name] for name in MEASURED], ranks)
+    for number, name in enumerate(MEASURED):
+        recipe = plan_accuracy.RECIPES[name]
+        config = from_dict(recipe)
+        assert isinstance(config.engine, DeepSpeedConfig)
+        counted = sizes.of_run(config)
+        element, stage = 4 if config.train.precision == "fp32" else 2, config.engine.stage
+        rest = _eleuther_rest(config, element, ranks, counted.total)
+        largest = max(each.count for each in counted.parameters)
+        peak = max(of_rank[number]["peak"] for of_rank in real)
+        ours = float(plan_accuracy.planned(recipe, ranks).peak.total)
+        said = [ours, *peers(counted.total, largest, ranks, stage, element, rest)]
+        found.append(Compared(f"{name}, {ranks} ranks, peak", f"{peak / 2**20:.1f} MiB", _errors(said, peak)))
+    return found
+
+
+def _eleuther_rest(config: Config, element: int, ranks: int, parameters: int) -> float:
+    """Bytes of its buckets, gathered weights and activations, with the run's own sizes in place of its defaults."""
+    model, engine = flops.our_model(config.model), config.engine
+    assert isinstance(engine, DeepSpeedConfig)
+    activations = 16 * element + 2.0
+    if not config.train.activation_checkpointing:
+        activations += (2 * element + 1) * model.n_heads * model.max_seq_len / model.dim
+    saved = model.max_seq_len * micro_batch(config, ranks) * model.dim * model.n_layers * activations
+    return saved + engine.bucket_mib * 2**20 + (min(parameters, memory.LIVE) * element if engine.stage == 3 else 0)
+
+
+def _errors(said: Sequence[float | None], truth: float) -> tuple[float | None, ...]:
+    return tuple(None if bytes_ is None else bytes_ / truth - 1 for bytes_ in said)
+
+
+def of_peer(rows: Sequence[Compared], peer: str) -> Errors:
+    """Its errors in the rows of which it says anything."""
+    every = (row.errors[PEERS.index(peer)] for row in rows)
+    return Errors(np.array([error for error in every if error is not None]))
+
+
+def peers_table(rows: Sequence[Compared]) -> str:
+    lines = [f"{'':50}{'truth':>11}" + "".join(f"{peer:>15}" for peer in PEERS)]
+    for row in rows:
+        cells = "".join(f"{'-' if error is None else f'{error:+.1%}':>15}" for error in row.errors)
+        lines.append(f"{row.what:50}{row.truth:>11}{cells}")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------------------------------------------- print
@@ -362,12 +441,17 @@ def main() -> None:
     pairs = zero_table()
     same = sum(as_printed(printed, value) for printed, value in pairs)
     print(f"Model states, ZeRO table 1: {same} of {len(pairs)} figures as printed")
-    print(f"  bigtrain plan                   {Errors(np.array([ours / float(said) - 1 for said, ours in pairs]))}")
-    for name, errors in peers_on_zero_table().items():
-        print(f"  {name:<32}{errors}")
     counted = megatron_parameters()
     same = sum(as_printed(f"{said:.1f}", ours) for said, ours in counted)
     print(f"Parameters, Megatron SC21 table 1: {same} of {len(counted)} as printed")
+    print(
+        "Memory of a rank, error of each estimator (-: says nothing; DeepSpeed's and accelerate's know no activations)"
+    )
+    real, states = peers_on_real_peaks(), peers_on_zero_table()
+    print(peers_table([*real, *states]))
+    for name, rows in (("real peaks", real), ("ZeRO table 1", states)):
+        for peer in PEERS:
+            print(f"  {name:<16}{peer:<16}{of_peer(rows, peer)}")
 
 
 if __name__ == "__main__":

@@ -194,6 +194,7 @@ def plan(arguments: tuple[str, ...]) -> int:
       target_loss=        how long until the loss is that low
       explain=true        the formula and source of each number
       verify=true         hold the memory to the real engine, on tensors that take none
+      simulate=true       the step event by event, scaling, and failures over the run's days
       output=json         for scripts
       report=true         a page of HTML with pictures, in out=DIR
     """

@@ -36,8 +36,10 @@ class Placement:
     device: Literal["cpu", "cuda"]
     ranks: int
     threads_per_rank: int
-    gpus: tuple[Gpu, ...]  # one per rank; empty on the CPU
+    gpus: tuple[Gpu, ...]  # one per rank, of the node whose GPUs have least memory; empty on the CPU, or not known
     nodes: int = 1
+    memory_gib: float | None = None  # RAM of the node that has least; None: not known
+    swap_gib: float = 0.0
 
     @property
     def world_size(self) -> int:
@@ -61,6 +63,10 @@ def memory_bytes() -> int:
     total = int(psutil.virtual_memory().total)
     limit = _read("/sys/fs/cgroup/memory.max")
     return min(total, int(limit)) if limit.isdigit() else total
+
+
+def swap_bytes() -> int:
+    return int(psutil.swap_memory().total)
 
 
 def _read(path: str) -> str:
@@ -159,7 +165,8 @@ def place(launch: LaunchConfig) -> Placement:
                 f"at most {MOST_RANKS_PER_CORE * core_count} ({MOST_RANKS_PER_CORE} per core)",
             )  # fmt: skip
     threads = launch.threads_per_rank or max(1, core_count // ranks)
-    return Placement(device, ranks, threads, available[:ranks])
+    memory_gib = memory_bytes() / 2**30
+    return Placement(device, ranks, threads, available[:ranks], memory_gib=memory_gib, swap_gib=swap_bytes() / 2**30)
 
 
 def check_precision(config: Config, placement: Placement) -> None:

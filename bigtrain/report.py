@@ -1,8 +1,8 @@
 """One page about one run or several: pictures, results, and where their configs differ.
 
-Made from metrics.jsonl, result.json and config.yaml alone (and, of one that was evaluated, from what that left in it),
-so that it works for a run that is going on, was killed, or was copied from elsewhere. The page is one file: pictures
-are embedded, nothing is loaded from a network.
+Made from metrics.jsonl, result.json, plan.json and config.yaml alone (and, of one that was evaluated, from what that
+left in it), so that it works for a run that is going on, was killed, or was copied from elsewhere. The page is one
+file: pictures are embedded, nothing is loaded from a network.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from bigtrain.confusion import CONFUSION, EVALUATION, METRICS
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.hooks.console import HEADLINES, count, duration
 from bigtrain.hooks.jsonl import read_metrics
+from bigtrain.plan import preflight
 from bigtrain.redact import redact
 
 Series = tuple[np.ndarray, np.ndarray]  # steps, values
@@ -35,7 +36,7 @@ class Run:
     name: str
     path: Path
     rows: list[dict[str, Any]]  # of metrics.jsonl
-    result: dict[str, Any]  # of result.json, else what the metrics say so far
+    result: dict[str, Any]  # of result.json, else what the metrics say so far and plan.json
     config: dict[str, Any]  # dotted key -> value, secrets taken out
     evaluation: dict[str, Any]  # of `bigtrain evaluate`: metrics.json, empty if it was not run
     confusion: bytes | None  # and its picture
@@ -104,7 +105,8 @@ def _load_run(path: Path, name: str) -> Run:
     except ValueError:  # torn by a kill
         result = {}
     config = dict(_flatten(redact(settings))) if isinstance(settings, dict) else {}
-    return Run(name, path, rows, _so_far(rows) | redact(result), config, *_evaluation(path / EVALUATION))
+    known = _so_far(rows) | preflight.predicted(path) | redact(result)
+    return Run(name, path, rows, known, config, *_evaluation(path / EVALUATION))
 
 
 def _evaluation(directory: Path) -> tuple[dict[str, Any], bytes | None]:
@@ -251,12 +253,18 @@ def draw_memory(runs: list[Run]) -> bytes | None:
     return _draw_metric(runs, "perf/peak_memory_gib", "Peak memory", "GiB on rank 0", smoothed=False, planned=planned)
 
 
+def draw_step_time(runs: list[Run]) -> bytes | None:
+    planned = "plan/step_seconds"
+    return _draw_metric(runs, "perf/step_seconds", "Step time", "seconds", smoothed=True, planned=planned)
+
+
 PICTURES: dict[str, Callable[[list[Run]], bytes | None]] = {
     "loss": draw_loss,
     "lr": draw_lr,
     "grad_norm": draw_grad_norm,
     "throughput": draw_throughput,
     "memory": draw_memory,
+    "step_time": draw_step_time,
 }
 
 

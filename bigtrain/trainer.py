@@ -312,6 +312,7 @@ class Trainer:
         mine[2 * self.host.rank : 2 * self.host.rank + 2] = seconds / window.steps, self.forward.take() / window.steps
         of_all = self.host.sum(*mine)  # one small all-reduce
         metrics |= self.stragglers.metrics(of_all[::2], of_all[1::2])
+        metrics |= self.info.planned
         for transform in self.transforms:
             metrics |= transform.metrics()
         if self.privacy is not None:

@@ -151,6 +151,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
         start_step=resumed.step if resumed else 0,
         resumed=resumed is not None,
         hosts=host.gather(socket.gethostname()),
+        planned=preflight.predicted(run_dir),
     )
     per_forward = configuration.micro_batch(config, host.world_size)
     share = Share(
@@ -190,7 +191,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
         result |= (
             task.facts()
             | (private.guarantee.facts(trainer.step) if private else {})
-            | preflight.predicted(run_dir)
+            | info.planned
             | {
                 "model/parameters": info.parameters,
                 "model/trained_parameters": trained,

@@ -22,7 +22,7 @@ from bigtrain.report import load_runs, smooth, thin, write_report
 
 CHROMIUM = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (Debian package: chromium)")
-PICTURES = ["loss", "lr", "grad_norm", "throughput", "memory"]
+PICTURES = ["loss", "lr", "grad_norm", "throughput", "memory", "step_time"]
 
 
 def make_run(run: Path, lr: float = 1e-3, loss: float = 2.5, steps: int = 60, finished: bool = True) -> Path:
@@ -36,7 +36,8 @@ def make_run(run: Path, lr: float = 1e-3, loss: float = 2.5, steps: int = 60, fi
             value = loss + 5 * math.exp(-step / 10)
             row = {
                 "step": step, "time": 1e9 + step, "train/loss": value, "train/lr": lr, "train/grad_norm": 1 / step,
-                "perf/tokens_per_second": 12e3, "perf/peak_memory_gib": 1.25, "data/tokens": 8192 * step,
+                "perf/tokens_per_second": 12e3, "perf/peak_memory_gib": 1.25,
+                "perf/step_seconds": 0.25, "data/tokens": 8192 * step,
             }  # fmt: skip
             file.write(json.dumps(row) + "\n")
             if step % 20 == 0:
@@ -199,6 +200,30 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
     assert cells(html, "Status") == ["not finished"]
     assert cells(html, "Steps") == ["40"]
     assert cells(html, "Total time") == ["0:00:39"]
+
+
+def test_a_run_that_goes_on_shows_its_plan(tmp_path: Path) -> None:
+    """plan.json is there from the start; a planned line is drawn dotted at its height, above what is measured."""
+    run = make_run(tmp_path / "run", finished=False)
+    drawn = {name: picture(write_report([run]).parent / f"{name}.png") for name in ("memory", "step_time")}
+    assert "planned" not in (run / "report" / "index.html").read_text()
+    (run / "plan.json").write_text(json.dumps({"memory": {"peak": 2.5}, "step_seconds": 0.5}))
+    page = write_report([run])
+    assert cells(page.read_text(), "Peak memory, planned") == ["2.50 GiB"]
+    assert cells(page.read_text(), "Step, planned") == ["0.50 s"]
+    for name, without in drawn.items():
+        rows = rows_of_colour(without, "#0072b2"), rows_of_colour(picture(page.parent / f"{name}.png"), "#0072b2")
+        assert len(rows[0]) == 1, name  # what was measured is level
+        assert len(rows[1]) == 2, name
+    (run / "result.json").write_text(json.dumps({"status": "finished", "plan/step_seconds": 0.75}))
+    assert cells(write_report([run]).read_text(), "Step, planned") == ["0.75 s"]
+
+
+def rows_of_colour(pixels: np.ndarray, colour: str) -> list[int]:
+    """Where a level line of this colour (#rrggbb) begins, from the top: a fifth of a row's pixels and more."""
+    wanted = np.array([int(colour[index : index + 2], 16) for index in (1, 3, 5)])
+    inside = (np.abs(pixels.astype(int) - wanted).max(axis=-1) < 40).mean(axis=1) > 0.2
+    return [int(row) for row in np.flatnonzero(inside & ~np.roll(inside, 1))]
 
 
 def test_one_step_one_metric_and_no_config(tmp_path: Path) -> None:

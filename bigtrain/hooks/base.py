@@ -31,6 +31,7 @@ class RunInfo:
     start_step: int  # optimizer steps already done
     resumed: bool
     hosts: list[str] = field(default_factory=list)  # by rank
+    planned: dict[str, float] = field(default_factory=dict)  # logged beside what is measured
 
 
 class Hook:

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,8 @@ class Agent:
             "versions": versions(),
             "cores": hardware.cores(),
             "memory_gib": round(hardware.memory_bytes() / 2**30, 1),
-            "gpus": [(gpu.name, list(gpu.capability)) for gpu in hardware.installed_gpus()],
+            "swap_gib": round(hardware.swap_bytes() / 2**30, 1),
+            "gpus": [asdict(gpu) for gpu in hardware.installed_gpus()],
             "torch_is_cpu_build": hardware.torch_is_cpu_build(),
             "addresses": _addresses(),
             "disk_gib": round(_free_bytes(Path(run_dir)) / 2**30, 1),

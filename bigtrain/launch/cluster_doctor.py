@@ -89,7 +89,7 @@ def _device(facts: Sequence[dict[str, Any]]) -> str:
 def _table(hosts: Sequence[str], facts: Sequence[dict[str, Any]]) -> str:
     rows = [["host", "cores", "memory", "GPUs", "disk here", "C++", "/dev/shm"]]
     for host, fact in zip(hosts, facts, strict=True):
-        names = sorted({name for name, _ in fact["gpus"]})
+        names = sorted({gpu["name"] for gpu in fact["gpus"]})
         gpus = f"{len(fact['gpus'])} x {', '.join(names)}" if names else "none"
         rows.append([
             host, str(fact["cores"]), f"{fact['memory_gib']:.0f} GiB", gpus, f"{fact['disk_gib']:.0f} GiB free",

@@ -30,6 +30,7 @@ from bigtrain.launch.layout import Layout
 from bigtrain.launch.nodes import Node
 from bigtrain.launch.run_dir import read_result, readable_errors
 from bigtrain.launch.supervise import LAUNCH_ID, Ending, counting_signals
+from bigtrain.plan import preflight
 from bigtrain.redact import redact
 
 MODULE, RANK = "bigtrain.launch.slurm", "bigtrain.launch.rank"
@@ -256,6 +257,8 @@ def main() -> None:
     try:
         backend = SlurmBackend(config.launch)
         placement = survey.place(config, backend, say)
+        preflight.check(config, placement)
+        preflight.write(config, run_dir, placement)
         _, outcome["asked"] = local.run(config, placement, say, cluster.Launcher(backend, say))
     except KeyboardInterrupt:
         outcome["interrupted"] = True

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from bigtrain import hardware
 from bigtrain.config import Config
 from bigtrain.errors import BigtrainError, ConfigError
-from bigtrain.hardware import Placement
+from bigtrain.hardware import Gpu, Placement
 from bigtrain.launch import nodes
 from bigtrain.launch.layout import Backend
 from bigtrain.launch.nodes import Node
@@ -109,13 +109,20 @@ def _placement(config: Config, backend: Backend, hosts: Sequence[str], facts: li
     for host, fact in zip(hosts, facts, strict=True):
         if device == "cuda" and ranks > len(fact["gpus"]):
             raise ConfigError("launch.ranks", ranks, f"host {host} has {len(fact['gpus'])} GPUs")
-        if device == "cuda" and config.train.precision == "bf16" and fact["gpus"][0][1] < [8, 0]:
-            raise ConfigError(
-                "train.precision", "bf16", f"{fact['gpus'][0][0]} on {host} has no bf16", "take fp16 or fp32"
-            )
+        old = next((gpu for gpu in fact["gpus"] if gpu["capability"] < [8, 0]), None)
+        if device == "cuda" and config.train.precision == "bf16" and old is not None:
+            raise ConfigError("train.precision", "bf16", f"{old['name']} on {host} has no bf16", "take fp16 or fp32")
     if device == "cpu" and ranks > hardware.MOST_RANKS_PER_CORE * cores:
         raise ConfigError("launch.ranks", ranks, f"too many for the {cores} cores of a node")
-    return Placement(device, ranks, launch.threads_per_rank or max(1, cores // ranks), (), len(hosts))
+    threads = launch.threads_per_rank or max(1, cores // ranks)
+    used = [[_gpu(gpu) for gpu in fact["gpus"][:ranks]] for fact in facts] if device == "cuda" else [[]]
+    smallest = min(used, key=lambda gpus: min((gpu.memory_gib for gpu in gpus), default=0.0))
+    memory_gib, swap_gib = min((fact["memory_gib"], fact["swap_gib"]) for fact in facts)
+    return Placement(device, ranks, threads, tuple(smallest), len(hosts), memory_gib, swap_gib)
+
+
+def _gpu(fact: dict[str, Any]) -> Gpu:
+    return Gpu(**fact | {"capability": tuple(fact["capability"])})
 
 
 def meet(config: Config, there: Sequence[Node]) -> tuple[str, int, list[str | None]]:

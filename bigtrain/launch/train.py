@@ -94,7 +94,7 @@ def train(config: Config, say: Callable[[str], None], continue_command: Callable
                 say(block)
         ops.prepare(config, placement.device)
         with run_dir.readable_errors(path):
-            preflight.write(config, path)
+            preflight.write(config, path, placement)
         return _run(config, way, say, continue_command)
 
 

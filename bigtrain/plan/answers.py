@@ -3,16 +3,17 @@ costs, and the page of pictures."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bigtrain.config import Config, Seq2SeqConfig
+from bigtrain import checks
+from bigtrain.config import Config, EncoderConfig, Seq2SeqConfig
 from bigtrain.errors import ConfigError
-from bigtrain.law import Law
 from bigtrain.plan import budget, flops, money, recommend, simulate, step_time
 from bigtrain.plan import sizes as parameter_sizes
-from bigtrain.plan.budget import Optimum
+from bigtrain.plan.budget import FittedLaw, Optimum
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.options import Options
 from bigtrain.plan.recommend import Candidate, Recommendation
@@ -35,6 +36,9 @@ def answer(options: Options, config: Config, cluster: Cluster) -> Answers:
     config = parameter_sizes.with_vocabulary(config)
     found = Answers(config, cluster, options.tokens)
     law = budget.read_law(Path(options.ladder)) if options.ladder else budget.CHINCHILLA
+    if any(asked is not None for asked in (options.target_loss, options.hours, options.budget)):
+        checks.check_batch(config, cluster.devices)  # they are answered for all of the cluster
+        found.lines += _warnings(config, law, fitted=options.ladder is not None)
     if options.target_loss is not None:
         _target(found, options.target_loss, law, fitted=options.ladder is not None)
     if options.hours is not None or options.budget is not None:
@@ -77,6 +81,7 @@ def _recommend(found: Answers, goal: recommend.Goal) -> None:
         f"what binds: {best.binds}",
         f"next: {best.next_change}",
         f"train with: {best.best.line}",
+        *([f"  {best.best.to_add}"] if best.best.to_add else []),
         "as conf/experiment/NAME.yaml:",
         *(f"  {line}" for line in best.best.yaml.splitlines()),
         f"not to be beaten in time, money and memory at once ({best.fitting} of {best.tried} ways fit):",
@@ -101,7 +106,24 @@ def _spread(front: list[Candidate], most: int = 12) -> list[Candidate]:
     return [front[round(index * (len(front) - 1) / (most - 1))] for index in range(most)]
 
 
-def _purchase(found: Answers, hours: float | None, dollars: float | None, law: Law) -> None:
+def _warnings(config: Config, law: FittedLaw, fitted: bool) -> list[str]:
+    """Where a law is not of what it is used for, and what its intervals are."""
+    lines = []
+    if not fitted and isinstance(config.model, (EncoderConfig, Seq2SeqConfig)):
+        lines.append(
+            f"Chinchilla's is a law of decoders' causal loss: of an {_NAMES[config.model.kind]} it says little"
+        )
+    if law.known:
+        lines.append("intervals (A to B) are of one standard error of the law's constants")
+    else:
+        lines.append("the ladder holds no intervals: bigtrain report --ladder writes one that does")
+    return lines
+
+
+_NAMES = {"encoder": "encoder's masked tokens", "seq2seq": "encoder-decoder's target"}
+
+
+def _purchase(found: Answers, hours: float | None, dollars: float | None, law: FittedLaw) -> None:
     if hours is None:
         assert dollars is not None
         hours = budget.hours_for_dollars(dollars, found.cluster)
@@ -112,36 +134,46 @@ def _purchase(found: Answers, hours: float | None, dollars: float | None, law: L
     found.lines += [
         f"{hours:,.4g} hours of {found.cluster.devices} devices (${bought.cost:,.0f}) are {optimum.flops:.3g} FLOPs "
         f"at an MFU of {bought.time.mfu:.0%}",
-        f"compute-optimal: {_interval(optimum)}, loss {optimum.loss:.3f} nats per token",
-        f"  as model.dim={model.dim} model.n_layers={model.n_layers} model.n_heads={model.n_heads}"
-        + (f" model.ffn_dim={model.ffn_dim}" if model.ffn_dim else "")
-        + f": {_count(bought.parameters)} parameters"
+        f"compute-optimal: {_optimum(optimum, law.known)}, loss {optimum.loss:.3f} nats per token",
+        f"  as {budget.overrides(bought.config)}: {_count(bought.parameters)} parameters"
         + ("" if fits else ", which do not fit with these settings: goal=time finds others"),
     ]
     largest = budget.largest_model(found.config, found.cluster)
     wide, total = flops.our_model(largest.config.model), parameter_sizes.of_run(largest.config).total
     found.lines.append(
-        f"the largest of this shape that fits: {_count(total)} (model.dim={wide.dim} model.n_layers={wide.n_layers}; "
-        f"{largest.short})"
+        f"the largest of this shape that fits: {_count(total)} ({budget.overrides(largest.config)}; {largest.short})"
     )
     found.data["purchase"] = {
-        "hours": hours, "cost": bought.cost, "flops": optimum.flops, "parameters": optimum.parameters,
-        "parameters_interval": optimum.parameters_interval, "tokens": optimum.tokens,
-        "tokens_interval": optimum.tokens_interval, "loss": optimum.loss, "dim": model.dim, "n_layers": model.n_layers,
-        "fits": fits, "largest_parameters": total, "largest_dim": wide.dim, "largest_n_layers": wide.n_layers,
+        "hours": hours, "cost": bought.cost, "flops": optimum.flops, "loss": optimum.loss,
+        "parameters": optimum.parameters, "parameters_interval": optimum.parameters_interval if law.known else None,
+        "tokens": optimum.tokens, "tokens_interval": optimum.tokens_interval if law.known else None,
+        "overrides": budget.overrides(bought.config), "dim": model.dim, "n_layers": model.n_layers, "fits": fits,
+        "largest_overrides": budget.overrides(largest.config), "largest_parameters": total, "largest_dim": wide.dim,
+        "largest_n_layers": wide.n_layers,
     }  # fmt: skip
 
 
-def _target(found: Answers, target: float, law: Law, fitted: bool) -> None:
+def _target(found: Answers, target: float, law: FittedLaw, fitted: bool) -> None:
     sizes = parameter_sizes.of_run(found.config)
     tokens = budget.tokens_to_loss(target, sizes.total, law)
+    ends = budget.tokens_interval(target, sizes.total, law)
     time = step_time.estimate(found.config, found.cluster, found.cluster.devices, sizes)
-    bill = money.bill(money.hours_for(tokens, time.tokens_per_second), found.cluster.devices, found.cluster)
-    kept = simulate.goodput_of(found.config, found.cluster, sizes, time, bill.hours)
-    found.lines += [
-        f"a loss of {target:g} nats per token takes {_count(tokens)} tokens: {bill.hours:,.4g} hours "
-        f"({bill.hours / kept:,.4g} with failures), ${bill.cost:,.0f}, {bill.energy_kwh:,.0f} kWh",
-    ]
+
+    def bill(of_tokens: float) -> money.Bill:
+        return money.bill(money.hours_for(of_tokens, time.tokens_per_second), found.cluster.devices, found.cluster)
+
+    paid, least, most = bill(tokens), bill(ends[0]), bill(ends[1])
+    kept = simulate.goodput_of(found.config, found.cluster, sizes, time, paid.hours)
+    found.lines.append(
+        f"a loss of {target:g} nats per token takes {_count(tokens)} tokens: {paid.hours:,.4g} hours "
+        f"({paid.hours / kept:,.4g} with failures), ${paid.cost:,.0f}, {paid.energy_kwh:,.0f} kWh"
+    )
+    if law.known:
+        never = "" if math.isfinite(ends[1]) else "; the law does not exclude that this size never reaches it"
+        found.lines.append(
+            f"  ({_count(ends[0])} to {_count(ends[1])} tokens, {least.hours:,.4g} to {most.hours:,.4g} hours, "
+            f"${least.cost:,.0f} to ${most.cost:,.0f}{never})"
+        )
     if not fitted:
         found.lines.append(
             "  by Chinchilla's law for its own data and tokenizer (arXiv 2404.10102): "
@@ -149,8 +181,13 @@ def _target(found: Answers, target: float, law: Law, fitted: bool) -> None:
         )
     found.tokens = found.tokens or tokens
     found.data["target"] = {
-        "loss": target, "tokens": tokens, "hours": bill.hours, "hours_with_failures": bill.hours / kept,
-        "cost": bill.cost, "energy_kwh": bill.energy_kwh, "fitted": fitted,
+        "loss": target, "tokens": tokens, "hours": paid.hours, "hours_with_failures": paid.hours / kept,
+        "cost": paid.cost, "energy_kwh": paid.energy_kwh, "fitted": fitted,
+    } | {
+        f"{name}_interval": (low, high if math.isfinite(high) else None) if law.known else None  # JSON has no infinity
+        for name, low, high in (
+            ("tokens", *ends), ("hours", least.hours, most.hours), ("cost", least.cost, most.cost),
+        )
     }  # fmt: skip
 
 
@@ -177,12 +214,12 @@ def _plain(candidate: Candidate) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _interval(optimum: Optimum) -> str:
+def _optimum(optimum: Optimum, known: bool) -> str:
     least, most = optimum.parameters_interval
     few, many = optimum.tokens_interval
     return (
-        f"{_count(optimum.parameters)} parameters ({_count(least)} to {_count(most)}) on "
-        f"{_count(optimum.tokens)} tokens ({_count(few)} to {_count(many)})"
+        f"{_count(optimum.parameters)} parameters{f' ({_count(least)} to {_count(most)})' if known else ''} on "
+        f"{_count(optimum.tokens)} tokens{f' ({_count(few)} to {_count(many)})' if known else ''}"
     )
 
 

@@ -18,6 +18,7 @@ from bigtrain import config as schema
 from bigtrain import hardware
 from bigtrain.config import LaunchConfig
 from bigtrain.errors import NO_VALUE, ConfigError, nearest, unknown_key
+from bigtrain.hardware import Placement
 
 DTYPES = ("fp32", "bf16", "fp16", "fp8")
 
@@ -104,6 +105,8 @@ def find(selector: str) -> Cluster:
 
     Raises ConfigError.
     """
+    if match := re.search(r"x(\d{10,})$", selector):
+        raise ConfigError("cluster", selector, f"{len(match[1])} digits of devices", "take fewer than 1,000,000,000")
     match = re.fullmatch(r"(.+\.ya?ml)(?:x(\d+))?", selector)
     if match:
         path = Path(match[1]).expanduser()
@@ -115,7 +118,7 @@ def find(selector: str) -> Cluster:
     if selector in known:
         return read(_folder() / f"{selector}.yaml")
     name, _, count = selector.rpartition("x")
-    if count.isdigit() and len(count) < 10:
+    if count.isdigit():
         for preset in (name, f"{name}x"):  # mi300x8 means mi300xx8
             if preset in known:
                 return read(_folder() / f"{preset}.yaml").resized(int(count))
@@ -168,8 +171,12 @@ def here(launch: LaunchConfig) -> Cluster:
 
     Raises ConfigError as hardware.place does.
     """
-    placement = hardware.place(launch)
-    host_gib = hardware.memory_bytes() / 2**30
+    return of(hardware.place(launch))
+
+
+def of(placement: Placement) -> Cluster:
+    """The nodes that `placement` found, each taken as the smallest; of unknown memory, as this machine."""
+    host_gib = placement.memory_gib or hardware.memory_bytes() / 2**30
     if placement.gpus:
         gpu = placement.gpus[0]
         match = next((preset for mark, preset in _GPUS if mark in gpu.name), None)
@@ -179,8 +186,9 @@ def here(launch: LaunchConfig) -> Cluster:
         alike = read(_folder() / "laptop.yaml")
         device = replace(alike.device, memory_gib=host_gib / placement.ranks)
     return replace(
-        alike, name="this machine", device=device, devices_per_node=placement.ranks, host_memory_gib=host_gib, nodes=1
-    )
+        alike, name="this machine" if placement.nodes == 1 else "these nodes", device=device,
+        devices_per_node=placement.ranks, host_memory_gib=host_gib, nodes=placement.nodes,
+    )  # fmt: skip
 
 
 _GPUS = (("B200", "b200"), ("H200", "h200"), ("H100", "h100"), ("A100-SXM4-80", "a100_80gb"),

@@ -10,7 +10,7 @@ from typing import Any
 
 from bigtrain.config import Config
 from bigtrain.launch.train import checked
-from bigtrain.plan import answers, clusters, planner, table
+from bigtrain.plan import answers, clusters, planner, simulation, table
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.options import Options, split
 from bigtrain.plan.result import Plan
@@ -30,6 +30,11 @@ def run(data: dict[str, Any], options: Options, say: Callable[[str], None]) -> f
     told = list(found.lines)
     if not plan.fits:
         told.append(_way_out(found.config, found.cluster))
+    if options.simulate:
+        lines, found.data["simulation"] = simulation.of(
+            found.config, found.cluster, plan.steps or 0, options.jitter, options.mtbf_hours
+        )
+        told += lines
     if options.verify:
         from bigtrain.plan import traced
 

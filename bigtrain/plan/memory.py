@@ -78,7 +78,7 @@ class _Group:
     parameters: tuple[Parameter, ...]
     state_bytes: float  # of the optimizer, for an element
 
-    @property
+    @cached_property
     def count(self) -> int:
         return sum(each.count for each in self.parameters)
 

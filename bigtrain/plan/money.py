@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bigtrain.config import Config, DecoderConfig, Seq2SeqConfig, head_dim
+from bigtrain.config import AccelerateConfig, Config, DecoderConfig, Seq2SeqConfig, head_dim
 from bigtrain.errors import ConfigError
-from bigtrain.plan import flops
+from bigtrain.plan import communication, flops
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.efficiency import of
 
@@ -60,19 +60,25 @@ def checkpoint(
 ) -> CheckpointCost:
     """Weights in the training precision, and of what is trained fp32 master weights and the optimizer's moments.
 
-    Written by every node to a disk of its own rate. With train.async_save training waits for the copy into host memory
-    only, which a CPU makes at its memory bandwidth, else for the disk.
+    Accelerate's weights are fp32 and their own master (engine/accelerate.py). Written by every node to a disk of its
+    own rate, of DDP by the first. With train.async_save training waits for the copy into host memory only, which a CPU
+    makes at its memory bandwidth, else for the disk, as it always does with Accelerate.
     """
     trained = parameters if trained is None else trained
-    element = 4 if config.train.precision == "fp32" else 2
-    master = 0 if config.train.precision == "fp32" and getattr(config.engine, "stage", 0) == 0 else 4
-    size = element * parameters + (STATE_BYTES[config.optimizer.kind] - 4 + master) * trained
+    engine, at_once = config.engine, not config.train.async_save
     per_node = min(ranks, cluster.devices_per_node)
     nodes = -(-ranks // per_node)
+    if isinstance(engine, AccelerateConfig):
+        element, master, at_once = 4, 0, True
+        nodes = 1 if engine.parallel == "ddp" else nodes
+    else:
+        element = 4 if config.train.precision == "fp32" else 2
+        master = 0 if config.train.precision == "fp32" and engine.stage == 0 else 4
+    size = element * parameters + (STATE_BYTES[config.optimizer.kind] - 4 + master) * trained
     write = size / (nodes * cluster.disk_gb_per_second * 1e9)
     link = cluster.device.memory_gb_per_second if cluster.device.is_cpu else cluster.host_link_gb_per_second
     copy = size / ranks / (link * 1e9)
-    return CheckpointCost(size / GIB, write, min(copy, write) if config.train.async_save else write)
+    return CheckpointCost(size / GIB, write, write if at_once else min(copy, write))
 
 
 # ---------------------------------------------------------------------------------------------- inference
@@ -122,16 +128,18 @@ def inference(
     bandwidth = device.memory_gb_per_second * 1e9 * devices * max(efficiency.memory, 0.6)
     scores = 4.0 * batch * prompt * (prompt + 1) / 2 * model.dim * layers
     arithmetic = 2.0 * parameters * batch * prompt / efficiency.matmul / peak + scores / efficiency.attention / peak
-    prefill = max(arithmetic, weights / bandwidth)
     middle = cache_per_token * batch * (prompt + length) / 2  # of the cache, half-way through the answer
     waiting = (weights + middle) / bandwidth
     computing = 2.0 * parameters * batch / efficiency.matmul / peak
-    # Two all-reduces a layer of the batch's activations, where the weights are split (Megatron-LM, arXiv 1909.08053).
-    talking = 0.0
-    if devices > 1:
-        hops = 2 * (devices - 1) * cluster.intra_node_latency_us * 1e-6
-        talking = 2 * model.n_layers * (2 * 2.0 * batch * model.dim / (cluster.intra_node_gb_per_second * 1e9) + hops)
-    decode = max(waiting, computing) + talking
+
+    def talking(tokens: int) -> float:
+        """Two all-reduces a layer of the activations, where the weights are split (Megatron-LM, arXiv 1909.08053,
+        section 3); beyond a node they go over its network links too."""
+        sent = 2.0 * tokens * model.dim
+        return 2 * model.n_layers * communication.collective_seconds("all_reduce", sent, cluster, devices)
+
+    prefill = max(arithmetic, weights / bandwidth) + talking(batch * prompt)
+    decode = max(waiting, computing) + talking(batch)
     return Inference(
         devices, weights / GIB, cache / GIB, prefill, decode, batch / decode,
         "memory" if waiting >= computing else "compute",

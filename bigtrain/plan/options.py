@@ -22,6 +22,10 @@ class Options:
     verify: bool = False  # run the real engine on tensors without memory, and compare
     report: bool = False  # write a page of HTML with pictures
     out: str = "plan"  # the folder it goes to
+    simulate: bool = False  # a step and the run's days, event by event
+    jitter: float = 0.02  # of a rank's computing in a step: standard deviation, as a fraction of the mean
+    # Mean time between failures of one device with its share of the node; null: that of Llama 3's training, 5.8 years.
+    mtbf_hours: float | None = None
     goal: Literal["none", "time", "cost", "memory"] = "none"  # search for the best way to run it
     tokens: float | None = None  # of the whole run; null: train.steps
     hours: float | None = None  # a budget of time: what model and how many tokens it buys
@@ -53,6 +57,10 @@ def split(arguments: list[str]) -> tuple[Options, list[str]]:
         value = getattr(options, name)
         if value is not None and not 0 < value < float("inf"):
             raise ConfigError(name, value, "must be above 0")
+    if not 0 <= options.jitter <= 1:
+        raise ConfigError("jitter", options.jitter, "must be from 0 to 1")
+    if options.mtbf_hours is not None and not 0.01 <= options.mtbf_hours <= 1e9:
+        raise ConfigError("mtbf_hours", options.mtbf_hours, "must be from 0.01 to 1e9 hours")
     return options, rest
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from bigtrain import __version__
 from bigtrain.config import Config, DeepSpeedConfig
 from bigtrain.errors import BigtrainError, ConfigError
-from bigtrain.plan import money, simulate, step_time
+from bigtrain.plan import money, recommend, simulate, step_time
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.recommend import Recommendation
 from bigtrain.plan.sizes import Sizes
@@ -39,15 +39,17 @@ class Subject:
 def write_report(subject: Subject, memory: Memory, out: Path) -> Path:
     """Write the page into the directory `out` and return its path. Raises BigtrainError if that cannot be done."""
     time = step_time.estimate(subject.config, subject.cluster, subject.ranks, subject.sizes)
+    found = subject.recommendation or _searched(subject)
     pictures = {
         "memory": draw_memory(memory_by_stage(subject, memory), subject.cluster.device.memory_gib),
         "step": draw_step(time),
         "scaling": draw_scaling(subject),
         "checkpoints": draw_checkpoints(subject, time),
+        "days": draw_days(subject, time),
         "timeline": draw_timeline(simulate.step(subject.config, subject.cluster, subject.ranks, subject.sizes)),
     }
-    if subject.recommendation is not None:
-        pictures["front"] = draw_front(subject.recommendation)
+    if found is not None:
+        pictures["front"] = draw_front(found)
     page = render(subject, time, {name: png for name, png in pictures.items() if png is not None})
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -55,6 +57,13 @@ def write_report(subject: Subject, memory: Memory, out: Path) -> Path:
     except OSError as error:
         raise BigtrainError(f"the report cannot be written: {error}") from None
     return out / "plan.html"
+
+
+def _searched(subject: Subject) -> Recommendation | None:
+    try:
+        return recommend.search(subject.config, subject.cluster, "time", subject.tokens or 0.0)
+    except ConfigError:  # nothing fits, or the tokens are not known
+        return None
 
 
 # ------------------------------------------------------------------------------------------------ pictures
@@ -157,10 +166,7 @@ def draw_step(time: step_time.StepTime) -> bytes:
 
 def draw_scaling(subject: Subject) -> bytes | None:
     """Tokens per second over devices at constant work for each, simulated, beside perfect scaling."""
-    per_node = subject.cluster.devices_per_node
-    most = max(8 * subject.ranks, 8 * per_node)
-    counts = sorted({size for size in (per_node * 2**power for power in range(15)) if size <= most} | {subject.ranks})
-    counts = [size for size in counts if size <= per_node or size % per_node == 0]
+    counts = simulate.counts(subject.cluster, subject.ranks)
     if len(counts) < 2 or subject.config.train.global_batch < subject.ranks:
         return None
 
@@ -182,7 +188,7 @@ def draw_scaling(subject: Subject) -> bytes | None:
         axes.axvline(subject.ranks, color=INK, linewidth=1, linestyle=(0, (4, 2)))
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:,.0f}k" if value > 9999 else f"{value:,.0f}")
         axes.set_xlabel("devices, the same work for each")
         axes.set_ylabel("tokens per second")
         axes.legend(fontsize=9, labelcolor=INK)
@@ -192,21 +198,71 @@ def draw_scaling(subject: Subject) -> bytes | None:
 
 def draw_checkpoints(subject: Subject, time: step_time.StepTime) -> bytes:
     """Goodput over the time between checkpoints, with the failures of so many devices."""
-    stall = money.checkpoint(
-        subject.config, subject.cluster, subject.ranks, subject.sizes.total, subject.sizes.trained
-    ).stall_seconds
-    curve = list(simulate.intervals(subject.ranks, time.seconds, stall))
+    saved = _checkpoint(subject)
+    curve = list(
+        simulate.intervals(subject.ranks, time.seconds, saved.stall_seconds, write_seconds=saved.write_seconds)
+    )
     best = max(curve, key=lambda point: point[1])
+    told = f"best: {best[0] / 60:,.3g}" if best[1] else "none gets ahead"
 
     def draw(axes: Any) -> None:
         axes.plot([x / 60 for x, _ in curve], [100 * y for _, y in curve], color=COLOURS[2], marker="o", linewidth=1.7)
         axes.set_xscale("log")
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.3g}")
         axes.xaxis.set_minor_formatter(lambda *_: "")
-        axes.set_xlabel(f"minutes between checkpoints (best: {best[0] / 60:,.3g})")
+        axes.set_xlabel(f"minutes between checkpoints ({told})")
         axes.set_ylabel("% of the time that counts")
 
     return _picture("Time between checkpoints", SMALL, draw)
+
+
+def _checkpoint(subject: Subject) -> money.CheckpointCost:
+    return money.checkpoint(subject.config, subject.cluster, subject.ranks, subject.sizes.total, subject.sizes.trained)
+
+
+def draw_days(subject: Subject, time: step_time.StepTime) -> bytes | None:
+    """The run until its tenth failure, saved as train.save_every says, or as often as is best where that says nothing;
+    None where it never gets ahead."""
+    if not subject.tokens:
+        return None
+    saved, every = _checkpoint(subject), subject.config.train.save_every
+    hours = money.hours_for(subject.tokens, time.tokens_per_second)
+    enough = 1000 * simulate.FAILURE_YEARS * simulate.YEAR / subject.ranks / 3600  # in the longest of runs
+    try:
+        run = simulate.goodput(
+            min(hours, enough), subject.ranks, time.seconds, saved.stall_seconds,
+            interval_seconds=every * time.seconds or None, write_seconds=saved.write_seconds,
+        )  # fmt: skip
+    except ConfigError:
+        return None
+    restarts = [index for index, each in enumerate(run.periods) if each.kind == "restart"]
+    periods = run.periods[: restarts[9] + 1] if len(restarts) > 9 else run.periods
+    unit, per_unit = ("days", 24.0) if periods[-1].end >= 48 else ("hours", 1.0)
+    colours = {"work": COLOURS[0], "save": COLOURS[2], "lost": COLOURS[1], "restart": COLOURS[3]}
+    spans: dict[str, list[tuple[float, float]]] = {name: [] for name in colours}
+    every_nth = max(1, sum(each.saves for each in periods) // 1500)  # no more than there are pixels
+    for each in periods:
+        spans[each.kind].append((each.start / per_unit, (each.end - each.start) / per_unit))
+        for save in range(every_nth, each.saves + 1, every_nth):
+            end = each.start + save * (each.end - each.start) / each.saves
+            stall = saved.stall_seconds / 3600
+            spans["save"].append(((end - stall) / per_unit, stall / per_unit))
+
+    def draw(axes: Any) -> None:
+        for lane, (name, colour) in enumerate(colours.items()):
+            edge = 0.0 if name == "work" else min(0.5, 100 / (1 + len(spans[name])))  # shorter than a pixel, still seen
+            axes.broken_barh(spans[name], (lane - 0.36, 0.72), color=colour, linewidth=edge)
+        axes.set_yticks(range(len(colours)), ["steps", "save", "steps lost", "restart"])
+        axes.set_ylim(len(colours) - 0.5, -0.5)
+        axes.set_xlim(0, periods[-1].end / per_unit)
+        shown = "to the tenth failure" if len(restarts) > 9 else f"the whole run, {run.failures:,} failures"
+        axes.set_xlabel(
+            f"{unit}: {shown}; a checkpoint every {run.interval_seconds / 60:,.3g} minutes; {run.fraction:.1%} of the "
+            "run's time counts"
+        )
+        axes.grid(visible=False, axis="y")
+
+    return _picture("Days of the run", (LARGE[0], 3.1), draw)
 
 
 def draw_front(recommendation: Recommendation) -> bytes:
@@ -235,9 +291,9 @@ def draw_front(recommendation: Recommendation) -> bytes:
             color=INK, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}, zorder=5,
         )  # fmt: skip
         axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.4g}")
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         axes.xaxis.set_minor_formatter(lambda value, _: "")
-        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.6g}")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         axes.set_xlabel("hours (a larger dot takes more memory)")
         axes.set_ylabel("device hours" if free else "US dollars")
         axes.margins(0.12)
@@ -288,7 +344,7 @@ def _short(seconds: float) -> str:
 
 # ---------------------------------------------------------------------------------------------------- page
 
-LARGE_ONES = ("memory", "front", "timeline")
+LARGE_ONES = ("memory", "front", "timeline", "days")
 
 
 def render(subject: Subject, time: step_time.StepTime, pictures: dict[str, bytes]) -> str:

@@ -7,6 +7,8 @@ names the best, the Pareto front, what binds and what would help next. budget.py
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,8 +16,9 @@ from typing import Any, Literal
 
 import yaml
 
-from bigtrain import checks
-from bigtrain.config import Config, DeepSpeedConfig, accumulation_steps, micro_batch
+from bigtrain import checks, compose
+from bigtrain import config as schema
+from bigtrain.config import Config, DeepSpeedConfig, accumulation_steps, kinds, micro_batch
 from bigtrain.errors import ConfigError
 from bigtrain.plan import memory, money, step_time
 from bigtrain.plan import sizes as parameter_sizes
@@ -27,6 +30,7 @@ from bigtrain.plan.sizes import Sizes
 Goal = Literal["time", "cost", "memory"]
 GOALS: tuple[Goal, ...] = ("time", "cost", "memory")
 Where = Literal["none", "cpu", "nvme"]
+ONE_MACHINE = ("local", "dryrun")  # ways of launching that take no launch.nodes
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,7 @@ class Candidate:
     room: Room
     time: step_time.StepTime
     bill: money.Bill  # for all tokens
+    switches_engine: bool = False  # what was asked for runs on another engine
 
     @property
     def peak_gib(self) -> float:
@@ -59,9 +64,10 @@ class Candidate:
     @property
     def overrides(self) -> dict[str, Any]:
         """Dotted key -> value: what `train` must be told, beside what names the model and the data."""
-        engine, train = self.config.engine, self.config.train
+        engine, train, launch = self.config.engine, self.config.train, self.config.launch
         assert isinstance(engine, DeepSpeedConfig)
         return {
+            **({"engine": f"zero{engine.stage}"} if self.switches_engine else {}),
             "engine.stage": engine.stage,
             "engine.offload_optimizer": engine.offload_optimizer,
             "engine.offload_parameters": engine.offload_parameters,
@@ -69,8 +75,22 @@ class Candidate:
             "train.micro_batch": micro_batch(self.config, self.ranks),
             "train.activation_checkpointing": train.activation_checkpointing,
             "train.steps": train.steps,
-            "launch.ranks": min(self.ranks, self.cluster.devices_per_node),
+            **self._points,
+            "launch.ranks": launch.ranks,
+            **({} if launch.nodes is None else {"launch.nodes": launch.nodes}),
         }
+
+    @property
+    def _points(self) -> dict[str, Any]:
+        """At which steps something begins or ends."""
+        prune, quantize = self.config.compress.prune, self.config.compress.quantize
+        points: dict[str, Any] = {"schedule.warmup_steps": self.config.schedule.warmup_steps}
+        if prune is not None:
+            for name in ("begin", "end", "steps"):
+                points[f"compress.prune.schedule.{name}"] = getattr(prune.schedule, name)
+        if quantize is not None:
+            points |= {"compress.quantize.start": quantize.start, "compress.quantize.freeze": quantize.freeze}
+        return points
 
     @property
     def line(self) -> str:
@@ -78,13 +98,39 @@ class Candidate:
         return " ".join(f"{key}={_plain(value)}" for key, value in self.overrides.items())
 
     @property
+    def to_add(self) -> str | None:
+        """What the line cannot say: by what the ranks of several nodes are started, where launch is one machine."""
+        nodes, launch = self.cluster.nodes, self.config.launch
+        if nodes == 1 or launch.kind not in ONE_MACHINE:
+            return None
+        return (
+            f"add what starts {launch.ranks} ranks on each of {nodes} nodes: launch=slurm launch.nodes={nodes}, or "
+            f"launch=hostfile launch.hostfile=FILE launch.nodes={nodes}"
+        )
+
+    @property
     def yaml(self) -> str:
-        """The overrides as a file for conf/experiment."""
-        sections: dict[str, dict[str, Any]] = {}
-        for key, value in self.overrides.items():
-            section, _, name = key.partition(".")
-            sections.setdefault(section, {})[name] = value
-        return "# @package _global_\n" + yaml.safe_dump(sections, sort_keys=False)
+        """The whole run as a file for conf/experiment: `experiment=` that file is what was planned.
+
+        Sections are written against the schema's defaults (`_decoder`), since it is not known which files they came
+        from; of train and schedule also what conf/config.yaml sets after them.
+        """
+        defaults, sections = [], {}
+        recipe = yaml.safe_load((compose.conf_dir() / "config.yaml").read_text(encoding="utf-8"))
+        real, public = schema.to_dict(self.config), schema.public(self.config)
+        for name in ("model", "task", "data", "engine", "optimizer", "schedule", "train", "compress", "launch"):
+            part = getattr(self.config, name)
+            default = dataclasses.asdict(type(part)())
+            if kinds(type(part)):
+                defaults.append({f"override /{name}": f"_{part.kind}"})
+                default["kind"] = part.kind
+            default |= dict.fromkeys(recipe.get(name, {}), _SET)
+            if changed := _differing(real[name], public[name], default):
+                sections[name] = changed
+        if self.config.init_from is not None:
+            sections["init_from"] = public["init_from"]
+        text = yaml.safe_dump({"defaults": defaults, **sections}, sort_keys=False, allow_unicode=True, width=120)
+        return "# @package _global_\n" + (f"# {self.to_add}\n" if self.to_add else "") + text
 
     @property
     def short(self) -> str:
@@ -118,7 +164,24 @@ class Recommendation:
 
 
 def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    """As Hydra's grammar reads it, without blanks."""
+    return json.dumps(value, separators=(",", ":")) if isinstance(value, (bool, list, type(None))) else str(value)
+
+
+_SET = object()  # by conf/config.yaml: equal to no value, so that ours is written
+
+
+def _differing(real: dict[str, Any], public: dict[str, Any], default: dict[str, Any]) -> dict[str, Any]:
+    """What of `real` is not as in `default`; without secrets, which `public` masks."""
+    found: dict[str, Any] = {}
+    for key, value in real.items():
+        other = default.get(key, _SET)
+        if isinstance(value, dict) and isinstance(other, dict):
+            if inner := _differing(value, public[key], other):
+                found[key] = inner
+        elif value != other and value == public[key]:
+            found[key] = value
+    return found
 
 
 def room(config: Config, cluster: Cluster, ranks: int, sizes: Sizes) -> Room:
@@ -157,7 +220,7 @@ def search(config: Config, cluster: Cluster, goal: Goal, tokens: float) -> Recom
             tried += 1
             needed = room(candidate, here, ranks, sizes)
             if needed.fits:
-                fitting.append(priced(candidate, here, ranks, needed, tokens, sizes))
+                fitting.append(priced(config, candidate, here, ranks, needed, tokens, sizes))
             elif closest is None or max(needed.shares.values()) < closest[0]:
                 short, share = max(needed.shares.items(), key=lambda item: item[1])
                 closest = (share, f"{share:.0%} of the {short} on {ranks} device{'s' * (ranks > 1)}")
@@ -209,6 +272,7 @@ def ways_to_run(config: Config, cluster: Cluster, ranks: int) -> Iterator[Config
     if config.train.global_batch % ranks:
         return
     share = config.train.global_batch // ranks
+    nodes = None if config.launch.kind in ONE_MACHINE else cluster.nodes
     batches = [size for size in _powers(share) if share % size == 0]
     offloads: list[tuple[Where, Where]] = [("none", "none"), ("cpu", "none"), ("cpu", "cpu")]
     if engine.nvme_path:
@@ -223,6 +287,7 @@ def ways_to_run(config: Config, cluster: Cluster, ranks: int) -> Iterator[Config
                         config,
                         engine=replace(engine, stage=stage, offload_optimizer=optimizer, offload_parameters=parameters),
                         train=replace(config.train, micro_batch=batch, activation_checkpointing=checkpointing),
+                        launch=replace(config.launch, ranks=cluster.devices_per_node, nodes=nodes),
                     )
                     try:
                         checks.check(candidate)
@@ -235,12 +300,35 @@ def _powers(most: int) -> list[int]:
     return sorted({2**power for power in range(most.bit_length())} | {most})
 
 
-def priced(config: Config, cluster: Cluster, ranks: int, needed: Room, tokens: float, sizes: Sizes) -> Candidate:
-    """What `config`, which needs that much room, takes for so many tokens."""
+def priced(
+    given: Config, config: Config, cluster: Cluster, ranks: int, needed: Room, tokens: float, sizes: Sizes
+) -> Candidate:
+    """What `config`, a way to run `given` that needs that much room, takes for so many tokens."""
     time = step_time.estimate(config, cluster, ranks, sizes)
     steps = max(1, math.ceil(tokens / time.tokens))
-    config = replace(config, train=replace(config.train, steps=steps))
-    return Candidate(config, cluster, ranks, needed, time, money.bill(steps * time.seconds / 3600, ranks, cluster))
+    bill = money.bill(steps * time.seconds / 3600, ranks, cluster)
+    switches = given.engine.kind != config.engine.kind
+    return Candidate(_lasting(config, steps), cluster, ranks, needed, time, bill, switches)
+
+
+def _lasting(config: Config, steps: int) -> Config:
+    """`config` for so many steps: the warm-up and what pruning and quantizing wait for keep their share of them."""
+
+    def at(step: int) -> int:
+        return step * steps // config.train.steps
+
+    schedule, compress = config.schedule, config.compress
+    if (prune := compress.prune) is not None:
+        ramp = prune.schedule
+        ramp = replace(ramp, begin=at(ramp.begin), end=at(ramp.end), steps=[at(step) for step in ramp.steps])
+        compress = replace(compress, prune=replace(prune, schedule=ramp))
+    if (quantize := compress.quantize) is not None:
+        freeze = None if quantize.freeze is None else at(quantize.freeze)
+        compress = replace(compress, quantize=replace(quantize, start=at(quantize.start), freeze=freeze))
+    return replace(
+        config, train=replace(config.train, steps=steps), compress=compress,
+        schedule=replace(schedule, warmup_steps=at(schedule.warmup_steps)),
+    )  # fmt: skip
 
 
 def pareto(candidates: list[Candidate]) -> list[Candidate]:
@@ -286,7 +374,7 @@ def _next_change(config: Config, cluster: Cluster, best: Candidate, goal: Goal, 
         for candidate in ways_to_run(config, larger, devices):
             needed = room(candidate, larger, devices, sizes)
             if needed.fits:
-                ways.append(priced(candidate, larger, devices, needed, tokens, sizes))
+                ways.append(priced(config, candidate, larger, devices, needed, tokens, sizes))
         if not ways:
             continue
         found = min(ways, key=_order(goal))

@@ -17,7 +17,7 @@ GIB = 2**30
 class Line:
     """One number of a plan and how it came about."""
 
-    name: str  # as in the JSON: memory.optimizer, mfu
+    name: str  # as in the JSON: memory.optimizer, mfu; of an interval's ends intervals.step_seconds.low and .high
     value: float
     unit: str  # GiB, s, tokens/s, USD, kWh, "" for a fraction
     formula: str  # with the symbols written out: 12 P / N
@@ -60,7 +60,8 @@ class Plan:
     co2_kg: float | None = None
     checkpoint_stall_seconds: float | None = None  # for each checkpoint
     inference: dict[str, float] = field(default_factory=dict)  # of the result: weights_gib, kv_cache_gib, decode_ms ...
-    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # number -> least and most
+    # step_seconds, memory.peak -> least and most
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)  # among them: outside of what was validated
     lines: list[Line] = field(default_factory=list)
 
@@ -68,6 +69,14 @@ class Plan:
         """Note how a number came about; returns it."""
         self.lines.append(Line(name, value, unit, formula, source))
         return value
+
+    def add_interval(self, name: str, middle: float, margin: float, source: str) -> None:
+        """From middle / (1 + margin) to middle x (1 + margin)."""
+        self.intervals[name] = (middle / (1 + margin), middle * (1 + margin))
+        low, high = self.intervals[name]
+        unit = next(line.unit for line in self.lines if line.name == name)
+        self.add(f"intervals.{name}.low", low, unit, f"{name} / {1 + margin:.3g}", source)
+        self.add(f"intervals.{name}.high", high, unit, f"{name} x {1 + margin:.3g}", source)
 
     def to_dict(self, explain: bool = False) -> dict[str, Any]:
         """Plain data, without infinities: JSON has none. explain: with the formulas."""

@@ -7,16 +7,23 @@ parameter, so that a sum would not do. Tests hold it to the modules, and the sum
 from __future__ import annotations
 
 import fnmatch
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
+from pathlib import Path
 
+from bigtrain import config as schema
+from bigtrain.compress_config import CompressConfig
 from bigtrain.config import (
     Config,
     DecoderConfig,
     EncoderConfig,
     HuggingFaceConfig,
+    LoRAConfig,
     MaskedLMConfig,
+    ModelConfig,
     OurModelConfig,
     Seq2SeqConfig,
     head_dim,
@@ -25,6 +32,16 @@ from bigtrain.errors import ConfigError
 
 VOCABULARY_MULTIPLE = 64  # as launch/train.py rounds the tokenizer's
 LABELS = 2  # of a classifier or tagger whose data is not prepared yet: a few thousand parameters at most
+
+FORMULAS = {  # of each part, in the symbols of the config
+    "embedding": "(vocab_size + token_types) x dim",
+    "positions": "max_seq_len x dim",
+    "attention": "layers x ((heads + 2 kv_heads) x head_dim x dim + heads x head_dim x dim), and biases",
+    "feed_forward": "layers x 2 dim x ffn_dim (3 where gated), and biases",
+    "norms": "dim each, twice where there is a bias",
+    "head": "the task's layers, or an untied vocab_size x dim",
+    "lora": "rank x (inputs + outputs) of each layer chosen",
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +53,7 @@ class Parameter:
     part: str  # embedding, positions, attention, feed_forward, norms, head, lora
     trained: bool = True
 
-    @property
+    @cached_property
     def count(self) -> int:
         return math.prod(self.shape)
 
@@ -47,11 +64,11 @@ class Sizes:
 
     parameters: tuple[Parameter, ...]
 
-    @property
+    @cached_property
     def total(self) -> int:
         return sum(each.count for each in self.parameters)
 
-    @property
+    @cached_property
     def trained(self) -> int:
         return sum(each.count for each in self.parameters if each.trained)
 
@@ -71,9 +88,59 @@ def with_vocabulary(config: Config) -> Config:
         raise ConfigError("model.kind", "hf", "only the built-in architectures can be planned", "take model=pretrained")
     if config.model.vocab_size is not None:
         return config
-    words = config.data.tokenizer.vocab_size
-    rounded = math.ceil(words / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+    tokenizer = config.data.tokenizer
+    file = _tokenizer_file(tokenizer.path) if tokenizer.path else None
+    rounded = _rounded(tokenizer.vocab_size if file is None else _words(file))
     return replace(config, model=replace(config.model, vocab_size=rounded))
+
+
+def guesses_vocabulary(config: Config) -> bool:
+    """Whether the vocabulary is that of a tokenizer which is not on this machine: a guess, also once it is set."""
+    tokenizer = config.data.tokenizer
+    followed = config.model.vocab_size in (None, _rounded(tokenizer.vocab_size))
+    return followed and tokenizer.path is not None and _tokenizer_file(tokenizer.path) is None
+
+
+def _rounded(words: int) -> int:
+    return math.ceil(words / VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
+def _tokenizer_file(path: str) -> Path | None:
+    """As data/tokenizer.py finds it; None for the name of a hub model."""
+    given = Path(path).expanduser()
+    candidates = (given, given / "tokenizer.json", given / "tokenizer" / "tokenizer.json")
+    return next((file for file in candidates if file.is_file()), None)
+
+
+def _words(file: Path) -> int:
+    """Rows that a tokenizer's ids need (data/tokenizer.vocabulary_size), without the library. Raises ConfigError."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        vocabulary = content["model"]["vocab"]  # of Unigram a list, else token -> id
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        return max([*ids, *(token["id"] for token in content["added_tokens"])]) + 1
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError("data.tokenizer.path", str(file), "is no tokenizer") from None
+
+
+def teacher(config: Config) -> Config | None:
+    """A distillation's teacher as a run on the student's sequences; None without one, and for what is no run here.
+
+    Raises ConfigError if its config.yaml cannot be read.
+    """
+    distil = config.compress.distil
+    if distil is None or distil.teacher is None or not (file := Path(distil.teacher) / "config.yaml").is_file():
+        return None
+    model = _model_of_run(file)
+    if isinstance(model, HuggingFaceConfig):
+        return None
+    train = replace(config.train, lora=LoRAConfig(), freeze=[])
+    return with_vocabulary(replace(config, model=model, train=train, compress=CompressConfig()))
+
+
+@lru_cache  # a search asks for it at every candidate
+def _model_of_run(file: Path) -> ModelConfig:
+    return schema.load(file).model
 
 
 def of_run(config: Config) -> Sizes:

@@ -11,11 +11,11 @@ import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bigtrain.config import Config, DeepSpeedConfig, accumulation_steps, micro_batch
+from bigtrain.config import ClassificationConfig, Config, DeepSpeedConfig, accumulation_steps, micro_batch
 from bigtrain.plan import communication, flops
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.efficiency import FIXED, Efficiency, measured_widths, of
-from bigtrain.plan.sizes import Sizes
+from bigtrain.plan.sizes import Sizes, teacher
 
 # Bytes that an optimizer step moves for each parameter: fp32 master and moments read and written, gradient read, weight
 # written. Muon's matmuls come on top.
@@ -284,4 +284,28 @@ def _margin(
         widen(0.30, "offload depends on the host's memory and disks")
     if config.train.compile:
         widen(0.10, "torch.compile fuses what is counted apart here")
+    if config.optimizer.kind != "adamw":
+        widen(0.10, f"optimizer={config.optimizer.kind}, validated with adamw")
+    compress, task = config.compress, config.task
+    if compress.distil is not None:
+        known = teacher(config) is not None
+        counted = (
+            "the teacher's forward pass is" if known else "the teacher is no run on this machine and nothing of it is"
+        )
+        widen(0.10 if known else 1.0, f"compress.distil: {counted} counted")
+    if compress.quantize is not None:
+        widen(0.30, "compress.quantize: rounding the weights in every pass is not counted")
+    if compress.prune is not None:
+        widen(0.05, "compress.prune: masks and their renewal are not counted")
+    if compress.float8 is not None:
+        widen(0.50, f"compress.float8: its matmuls are counted as those of {config.train.precision}")
+    if isinstance(task, ClassificationConfig) and task.adversarial != "none":
+        passes = 1 + (task.adversarial_steps if task.adversarial == "pgd" else 1)
+        widen(float(passes), f"task.adversarial={task.adversarial}: {passes} more passes over a batch are not counted")
+    if isinstance(engine, DeepSpeedConfig) and engine.quantized_communication:
+        widen(0.30, "engine.quantized_communication: sent in full is counted")
+    if getattr(model, "unpadded", False):
+        widen(0.50, "model.unpadded: padding is counted as if it were computed")
+    if config.train.privacy.enabled:
+        widen(1.0, "train.privacy: gradients example by example are not counted")
     return margin, notes

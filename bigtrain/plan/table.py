@@ -24,9 +24,11 @@ def show(plan: Plan, explain: bool = False) -> str:
     table.add_row("micro-batch", f"{plan.micro_batch} x {plan.accumulation}", batch)
     parts = sorted((k for k in plan.memory if k != "peak" and plan.memory[k]), key=lambda k: -plan.memory[k])
     colour = "green" if plan.fits else "red"
+    low, high = plan.intervals["memory.peak"]
+    fits = "fits" if plan.fits else f"DOES NOT FIT: {plan.binding}"
     table.add_row(
         "[bold]memory of a rank[/]", f"[bold {colour}]{size(plan.memory['peak'])}[/]",
-        f"of {size(plan.device_memory_gib)}: {'fits' if plan.fits else 'DOES NOT FIT: ' + plan.binding}",
+        f"{size(low)} to {size(high)}, of {size(plan.device_memory_gib)}: {fits}",
     )  # fmt: skip
     for name in parts:
         table.add_row(f"  {name}", size(plan.memory[name]), _bar(plan.memory[name] / plan.memory["peak"]))

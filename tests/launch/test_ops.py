@@ -63,6 +63,6 @@ def test_an_op_counts_as_built_when_its_library_is_there(tmp_path: Path) -> None
 def test_an_op_that_cannot_be_built_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DeepSpeed looks for libaio with the C compiler, which finds nothing here."""
     monkeypatch.setenv("CC", "false")
-    with pytest.raises(BigtrainError, match="async_io cannot be built: libaio-dev .* is missing"):
+    with pytest.raises(BigtrainError, match=r"async_io cannot be built: libaio-dev .* is missing"):
         ops.build(ops.ASYNC_IO, tmp_path, "cpu")
     assert not (tmp_path / ops.ASYNC_IO / f"{ops.ASYNC_IO}.so").exists()

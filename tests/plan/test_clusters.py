@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,35 @@ from bigtrain.errors import ConfigError
 from bigtrain.plan import clusters
 from bigtrain.plan.clusters import Cluster, Device
 
-UNSOURCED = {"name", "device", "devices_per_node", "nodes", "source", "efficiency",
-             "intra_node_latency_us", "inter_node_latency_us"}  # fmt: skip
+
+@pytest.mark.parametrize("name", clusters.presets())
+def test_every_field_of_a_preset_has_a_source(name: str) -> None:
+    wanted = {each.name for each in fields(Cluster)} - {"name", "device", "nodes", "source"}
+    wanted |= {f"device.{each.name}" for each in fields(Device)} - {"device.name"}
+    source = clusters.find(name).source
+    assert set(source) == wanted
+    assert all(text.strip() for text in source.values())
 
 
 @pytest.mark.parametrize("name", clusters.presets())
-def test_every_number_of_a_preset_has_a_source(name: str) -> None:
+def test_numbers_are_those_that_their_sources_give(name: str) -> None:
     cluster = clusters.find(name)
-    wanted = {each.name for each in fields(Cluster)} | {f"device.{each.name}" for each in fields(Device)}
-    wanted = {name for name in wanted if name.split(".")[-1] not in UNSOURCED}
-    if cluster.device.is_cpu:  # its allocator does not round; no cooling of its own
-        wanted -= {"device.block_mib", "pue", "disk_gib", "host_memory_gib"}
-    assert not wanted - set(cluster.source)
+    source, device = cluster.source, cluster.device
+    if terabytes := re.search(r"([\d.]+) TB/s", source["device.memory_gb_per_second"]):
+        assert device.memory_gb_per_second == pytest.approx(1000 * float(terabytes[1]))
+    if both := re.search(r"half of \S+ (\d+) GB/s in both", source["intra_node_gb_per_second"]):
+        assert cluster.intra_node_gb_per_second == int(both[1]) / 2
+    if both := re.search(r"half of (?:\S+ )?(?:\S+ )?(\d+) GB/s in both", source["host_link_gb_per_second"]):
+        assert cluster.host_link_gb_per_second == int(both[1]) / 2
+    if network := re.search(r"8 x (\d+) Gb/s", source["inter_node_gb_per_second"]):
+        assert cluster.inter_node_gb_per_second == int(network[1]) / 8
+    if drives := re.search(r"(\d) x 3.84 TB", source["disk_gib"]):
+        assert cluster.disk_gib == pytest.approx(int(drives[1]) * 3.84e12 / 2**30, abs=1)
+        each = re.search(r"at (\d+) GB/s of writing each", source["disk_gb_per_second"])
+        assert each
+        assert cluster.disk_gb_per_second == int(drives[1]) * int(each[1])
+    if memory := re.search(r": (\d) TB$", source["host_memory_gib"]):
+        assert cluster.host_memory_gib == 1024 * int(memory[1])
 
 
 def test_any_number_of_devices() -> None:
@@ -42,6 +60,8 @@ def test_any_number_of_devices() -> None:
         ("h100x0", "at least one device is needed"),
         ("tpu", "one of a100_40gb,"),
         ("no/such.yaml", "no such file"),
+        ("h100x8000000000", "10 digits of devices; take fewer than 1,000,000,000"),
+        (f"own.yamlx{'8' * 5000}", "5000 digits of devices; take fewer than 1,000,000,000"),
     ],
 )
 def test_an_unknown_selector_is_refused_in_one_line(selector: str, said: str) -> None:

@@ -74,6 +74,19 @@ def test_zero_papers_table_exactly() -> None:
     assert [pair for pair in pairs if not truth.as_printed(*pair)] == []
 
 
+def test_no_peer_is_nearer_to_any_figure_of_zeros_table() -> None:
+    rows = truth.peers_on_zero_table()
+    assert len(rows) == 54
+    for row in rows:
+        ours, *theirs = row.errors
+        assert ours is not None
+        assert abs(ours) < min(abs(error) for error in theirs if error is not None), row
+    assert [len(truth.of_peer(rows, peer).values) for peer in truth.PEERS] == [54, 36, 54, 54]
+    printed = truth.peers_table(rows).splitlines()
+    assert printed[0].split() == ["truth", "bigtrain", "plan", "DeepSpeed", "accelerate", "EleutherAI"]
+    assert printed[1].split()[-4:] == ["+0.0%", "-", "-50.0%", "+12.5%"]  # stage 1 on one rank: 16 bytes, 8 and 18
+
+
 def test_what_as_printed_means() -> None:
     assert truth.as_printed("41.3", 41.25)
     assert truth.as_printed("4187", 4187.5)

@@ -6,7 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from bigtrain.config import Config, DecoderConfig, DeepSpeedConfig, EncoderConfig, LoRAConfig, TrainConfig
+from bigtrain.config import (
+    AccelerateConfig,
+    Config,
+    DecoderConfig,
+    DeepSpeedConfig,
+    EncoderConfig,
+    LoRAConfig,
+    TrainConfig,
+)
 from bigtrain.errors import ConfigError
 from bigtrain.plan import clusters, money, sizes
 
@@ -45,6 +53,18 @@ def test_a_checkpoint_is_fourteen_bytes_a_parameter() -> None:
     assert money.checkpoint(waiting, H100, 64, total).stall_seconds == found.write_seconds
 
 
+def test_accelerates_weights_are_their_own_master() -> None:
+    """12 bytes a parameter in bf16 as in fp32 (model.safetensors and optimizer.bin of engine/accelerate.py)."""
+    total = sizes.of_run(CONFIG).total
+    for precision in ("bf16", "fp32"):
+        train = replace(CONFIG.train, precision=precision)
+        ddp = money.checkpoint(replace(CONFIG, engine=AccelerateConfig(), train=train), H100, 64, total)
+        assert ddp.gib == pytest.approx(12 * total / 2**30)
+        assert ddp.stall_seconds == ddp.write_seconds == pytest.approx(12 * total / 40e9)  # at once, by one rank
+    sharded = money.checkpoint(replace(CONFIG, engine=AccelerateConfig(parallel="fsdp2")), H100, 64, total)
+    assert sharded.write_seconds == pytest.approx(12 * total / (8 * 40e9))
+
+
 def test_of_frozen_weights_no_states_are_saved() -> None:
     config = replace(CONFIG, train=replace(CONFIG.train, lora=LoRAConfig(rank=8)))
     found = sizes.of_run(config)
@@ -69,6 +89,21 @@ def test_a_model_is_split_where_one_device_is_too_small() -> None:
     assert money.inference(CONFIG, H100, 70_000_000_000).devices == 2
     with pytest.raises(ConfigError, match="devices"):
         money.inference(CONFIG, clusters.find("h100x1"), 70_000_000_000)
+
+
+def test_a_model_of_several_nodes_talks_over_the_network() -> None:
+    """Llama 405B in 16 bits is on 11 H100, three more than a node has."""
+    wide = replace(LLAMA, dim=16384, n_layers=126, n_heads=128, n_kv_heads=8, ffn_dim=53248, vocab_size=128256)
+    config = replace(CONFIG, model=wide)
+    total = sizes.of_run(config).total
+    real = money.inference(config, H100, total)
+    slow = money.inference(config, replace(H100, inter_node_gb_per_second=5.0, inter_node_latency_us=100.0), total)
+    assert real.devices > 8
+    assert slow.decode_seconds > 1.5 * real.decode_seconds
+    assert slow.prefill_seconds > 1.5 * real.prefill_seconds
+    inside = clusters.find("h100x8")
+    slower = replace(inside, inter_node_gb_per_second=5.0, inter_node_latency_us=100.0)
+    assert money.inference(CONFIG, inside, 70_000_000_000) == money.inference(CONFIG, slower, 70_000_000_000)
 
 
 def test_what_has_no_inference_is_refused() -> None:

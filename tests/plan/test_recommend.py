@@ -7,14 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import yaml
 
 from bigtrain import compose
 from bigtrain.checks import check, check_batch
-from bigtrain.config import AdafactorConfig, Config, DecoderConfig, DeepSpeedConfig, TrainConfig
+from bigtrain.config import AdafactorConfig, Config, DecoderConfig, DeepSpeedConfig, LaunchConfig, TrainConfig
 from bigtrain.errors import ConfigError
 from bigtrain.launch.train import checked
-from bigtrain.plan import clusters, command, recommend
+from bigtrain.plan import clusters, command, planner, recommend, sizes
 from bigtrain.plan.options import Options, split
 
 LLAMA = DecoderConfig(
@@ -86,27 +85,69 @@ def test_what_binds_is_named(found: dict[str, recommend.Recommendation]) -> None
     )
 
 
-def test_overrides_and_yaml_are_what_train_takes(
-    found: dict[str, recommend.Recommendation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    best = found["memory"].best
-    composed: list[Config] = []
+def composed(*arguments: str) -> Config:
+    found: list[Config] = []
 
     def keep(job: compose.Job) -> float:
-        composed.append(checked(job.data))
+        found.append(sizes.with_vocabulary(checked(job.data)))
         return 0.0
 
-    compose.run(["model=llama_7b", *best.line.split()], keep)
-    settings = yaml.safe_load(best.yaml)
-    assert best.yaml.startswith("# @package _global_\n")
-    flat = [f"{part}.{key}={value}" for part, items in settings.items() for key, value in items.items()]
-    compose.run(["model=llama_7b", *flat], keep)
-    for config in composed:
-        assert config.engine == best.config.engine
-        for name in ("global_batch", "micro_batch", "activation_checkpointing", "steps"):
-            assert getattr(config.train, name) == getattr(best.config.train, name)
-        assert config.launch.ranks == 8
+    compose.run([*arguments, "run_dir=r"], keep)
+    return found[0]
+
+
+SECTIONS = ("model", "task", "data", "engine", "optimizer", "schedule", "train", "compress", "launch", "init_from")
+RUNS = [
+    ["model=llama_7b", "engine=zero3", "train.global_batch=512"],
+    ["model=llama_1b", "launch=slurm", "train.global_batch=64", "launch.slurm.partition=gpus", "launch.nodes=9"],
+    ["experiment=gpt2_124m", "engine=accelerate", "optimizer=lion", "data.path=a.txt"],
+    ["experiment=bert_pretrain", "engine=zero_infinity", "engine.nvme_path=/swap", "train.global_batch=256"],
+    ["experiment=llama_1b", "data.path=[a.txt,b.txt]", "compress=[prune_wanda,qat_int8]", "train.compile=false"],
+]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=[run[0] for run in RUNS])
+def test_the_line_and_the_yaml_alone_are_what_was_planned(run: list[str], tmp_path: Path) -> None:
+    best = recommend.search(composed(*run), H100, "time", 1e10).best
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(best.yaml)
+    for config in (composed(*run, *best.line.split()), composed("--config-dir", str(tmp_path), "experiment=mine")):
+        for section in SECTIONS:
+            assert getattr(config, section) == getattr(best.config, section), section
         check_batch(config, best.ranks)
+
+
+def test_a_line_for_several_nodes_says_how_many(found: dict[str, recommend.Recommendation]) -> None:
+    local = found["time"].best
+    assert "launch.nodes" not in local.overrides  # launch=local is one machine
+    assert local.to_add is not None
+    assert "8 ranks on each of 4 nodes: launch=slurm launch.nodes=4" in local.to_add
+    assert f"# {local.to_add}" in local.yaml
+    slurm = recommend.search(replace(CONFIG, launch=LaunchConfig(kind="slurm")), H100, "time", TOKENS).best
+    assert (slurm.overrides["launch.ranks"], slurm.overrides["launch.nodes"], slurm.to_add) == (8, 4, None)
+    text = plan(*BILLION, "cluster=a100_80gbx16", "goal=time", "tokens=2e10")
+    assert "  add what starts 8 ranks on each of 2 nodes" in text
+
+
+def test_another_engine_is_named() -> None:
+    run = ["model=llama_1b", "engine=accelerate", "train.global_batch=512"]
+    best = recommend.search(composed(*run), H100, "time", 1e10).best
+    assert best.line.startswith("engine=zero")
+    found = planner.nearest_fit(composed(*run), H100)
+    assert found is not None
+    assert found[0][0].startswith("engine=zero")
+    nearest = composed(*run, *found[0])
+    assert isinstance(nearest.engine, DeepSpeedConfig)
+    assert planner.make(nearest, H100).memory == found[1].memory
+
+
+def test_the_warm_up_keeps_its_share() -> None:
+    """What was written for a long run would be longer than a short one, which train refuses."""
+    run = ["experiment=llama_7b", "data.path=a.txt"]
+    best = recommend.search(composed(*run), H100, "time", 1e9).best
+    assert best.config.train.steps == 239
+    assert best.config.schedule.warmup_steps == 239 * 2000 // 33400
+    check(best.config)
 
 
 def test_what_an_optimizer_cannot_do_is_not_recommended() -> None:
@@ -162,9 +203,16 @@ def test_the_command_recommends(tmp_path: Path) -> None:
     assert f"train with: {best['overrides']}" in text
 
 
+LADDER = {
+    "E": 1.5, "A": 400.0, "a": 0.34, "B": 1800.0, "b": 0.36,
+    "intervals": {"E": [1.4, 1.6], "A": [300, 500], "a": [0.3, 0.38], "B": [1000, 3000], "b": [0.33, 0.39]},
+    "points": [{"parameters": 1e7 * size, "tokens": 2e8 * size} for size in (0.25, 1, 4)],
+}  # fmt: skip
+
+
 def test_the_command_answers_backwards(tmp_path: Path) -> None:
     ladder = tmp_path / "ladder.json"
-    ladder.write_text(json.dumps({"E": 1.5, "A": 400.0, "a": 0.34, "B": 1800.0, "b": 0.36}))
+    ladder.write_text(json.dumps(LADDER))
     arguments = [*BILLION, "cluster=a100_80gbx8", "budget=5000", "target_loss=2.6", f"ladder={ladder}"]
     found = json.loads(plan(*arguments, "output=json"))
     assert found["purchase"]["cost"] == pytest.approx(5000)
@@ -172,11 +220,49 @@ def test_the_command_answers_backwards(tmp_path: Path) -> None:
     assert found["target"]["fitted"] is True
     assert found["tokens"] == pytest.approx(found["target"]["tokens"])
     assert found["target"]["hours"] <= found["target"]["hours_with_failures"]
+    for name in ("tokens", "hours", "cost"):
+        low, high = found["target"][f"{name}_interval"]
+        assert low < found["target"][name] < high
     text = plan(*arguments)
+    assert "one standard error" in text
     assert "compute-optimal" in text
     assert "the largest of this shape that fits" in text
     with pytest.raises(ConfigError, match="budget of hours"):
         plan(*BILLION, "cluster=a100_80gbx8", "hours=10", "budget=10")
+    ladder.write_text(json.dumps({name: LADDER[name] for name in ("E", "A", "a", "B", "b")}))
+    found = json.loads(plan(*arguments, "output=json"))
+    assert found["target"]["hours_interval"] is found["purchase"]["tokens_interval"] is None
+    assert "the ladder holds no intervals" in plan(*arguments)
+
+
+def test_models_that_are_bought_are_what_their_lines_make() -> None:
+    """Heads of keys and values among them: 0.3B of the shape of 32 heads and 8."""
+    run = [*BILLION, "cluster=h100x64"]
+    found = json.loads(plan(*run, "budget=20", "output=json"))["purchase"]
+    text = plan(*run, "budget=20")
+    for name in ("overrides", "largest_overrides"):
+        assert found[name] in text
+        model = composed(*BILLION, *found[name].split()).model
+        assert isinstance(model, DecoderConfig)
+        assert model.n_heads == 4 * (model.n_kv_heads or 0)
+    bought = composed(*BILLION, *found["largest_overrides"].split())
+    assert sizes.of_run(bought).total == found["largest_parameters"]
+
+
+@pytest.mark.parametrize("asked", ["budget=5000", "hours=5", "target_loss=2.5"])
+@pytest.mark.parametrize(("batch", "cluster"), [(16, "h100x64"), (12, "h100x8")])
+def test_a_batch_that_cannot_be_shared_out_is_said_first(asked: str, batch: int, cluster: str) -> None:
+    with pytest.raises(ConfigError, match=rf"train.global_batch={batch}: not divisible by the number of ranks"):
+        plan("model=llama_1b", f"cluster={cluster}", f"train.global_batch={batch}", asked)
+
+
+def test_a_law_of_decoders_says_so_of_an_encoder(tmp_path: Path) -> None:
+    bert = ["model=bert_base", "task=masked_lm", "cluster=h100x8", "train.global_batch=64", "target_loss=3"]
+    assert "a law of decoders' causal loss: of an encoder's masked tokens it says little" in plan(*bert)
+    ladder = tmp_path / "ladder.json"
+    ladder.write_text(json.dumps(LADDER))
+    assert "a law of decoders" not in plan(*bert, f"ladder={ladder}")
+    assert "a law of decoders" not in plan(*BILLION, "cluster=h100x8", "target_loss=3")
 
 
 def test_the_page_stands_by_itself(tmp_path: Path) -> None:
@@ -187,7 +273,7 @@ def test_the_page_stands_by_itself(tmp_path: Path) -> None:
     for picture in ("memory", "step", "scaling", "checkpoints", "timeline", "front"):
         assert f'<img id="{picture}"' in html
     assert "http" not in html.replace('http-equiv="', "")  # nothing is loaded from a network
-    assert html.count("data:image/png;base64,") == 6
+    assert html.count("data:image/png;base64,") == html.count("<img id=")
     assert Options().report is False
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers import models as models_of_tokenizers
 
 from bigtrain import models
 from bigtrain.config import Config, EncoderConfig, HuggingFaceConfig, from_dict
+from bigtrain.data.tokenizer import find_tokenizer, vocabulary_size
 from bigtrain.errors import ConfigError
 from bigtrain.models import heads
 from bigtrain.models.lora import add_lora
@@ -101,6 +105,30 @@ def test_the_vocabulary_is_the_tokenizers_rounded_as_train_rounds_it() -> None:
     assert sizes.with_vocabulary(config).model.vocab_size == 1024
     with pytest.raises(ConfigError, match="only the built-in architectures"):
         sizes.with_vocabulary(from_dict({"model": {"kind": "hf"}}))
+
+
+def test_the_vocabulary_of_a_tokenizer_by_path_is_the_librarys(tmp_path: Path) -> None:
+    words = [f"word{index}" for index in range(990)]
+    for name, model in {
+        "bpe": models_of_tokenizers.BPE({word: index for index, word in enumerate(words)}, []),
+        "unigram": models_of_tokenizers.Unigram([(word, -1.0) for word in words], 0),
+    }.items():
+        tokenizer = Tokenizer(model)
+        tokenizer.add_special_tokens([f"<{index}>" for index in range(40)])
+        (tmp_path / name / "tokenizer").mkdir(parents=True)
+        tokenizer.save(str(tmp_path / name / "tokenizer" / "tokenizer.json"))
+        loaded = find_tokenizer(str(tmp_path / name))
+        config = from_dict({"data": {"kind": "stdlib", "tokenizer": {"path": str(tmp_path / name)}}})
+        assert vocabulary_size(loaded) == 1030
+        assert sizes.with_vocabulary(config).model.vocab_size == 1088  # as launch/train.prepare_data rounds it
+        assert not sizes.guesses_vocabulary(config)
+
+
+def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text('{"model": {}}')
+    config = from_dict({"data": {"kind": "stdlib", "tokenizer": {"path": str(tmp_path)}}})
+    with pytest.raises(ConfigError, match="is no tokenizer"):
+        sizes.with_vocabulary(config)
 
 
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])

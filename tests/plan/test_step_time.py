@@ -9,7 +9,17 @@ from dataclasses import replace
 
 import pytest
 
-from bigtrain.config import Config, DecoderConfig, DeepSpeedConfig, EncoderConfig, MuonConfig, TrainConfig
+from bigtrain.compress_config import CompressConfig, DistilConfig, Float8Config, PruneConfig, QuantizeConfig
+from bigtrain.config import (
+    ClassificationConfig,
+    Config,
+    DecoderConfig,
+    DeepSpeedConfig,
+    EncoderConfig,
+    MuonConfig,
+    PrivacyConfig,
+    TrainConfig,
+)
 from bigtrain.plan import clusters, sizes, step_time
 from bigtrain.plan.step_time import StepTime
 
@@ -104,9 +114,33 @@ def test_an_estimate_outside_of_what_was_validated_says_so_and_is_wider() -> Non
             )
         ),
         "not measured": estimate(cluster="laptop"),
+        "optimizer=muon": estimate(replace(BASE, optimizer=MuonConfig())),
+        "compress.quantize": estimate(replace(BASE, compress=CompressConfig(quantize=QuantizeConfig()))),
+        "compress.prune": estimate(replace(BASE, compress=CompressConfig(prune=PruneConfig()))),
+        "compress.float8": estimate(replace(BASE, compress=CompressConfig(float8=Float8Config()))),
+        "compress.distil": estimate(replace(BASE, compress=CompressConfig(distil=DistilConfig(teacher="/nowhere")))),
+        "engine.quantized_communication": estimate(
+            replace(BASE, engine=DeepSpeedConfig(stage=3, quantized_communication=True))
+        ),
+        "train.privacy": estimate(with_train(privacy=PrivacyConfig(noise_multiplier=1.0))),
     }.items():  # fmt: skip
         assert width(outside) > width(inside), what
         assert outside.notes, what
+        assert "." not in what or any(what in note for note in outside.notes), what
+    bert = Config(
+        model=EncoderConfig(dim=1024, n_layers=24, n_heads=16, vocab_size=30522, max_seq_len=512),
+        task=ClassificationConfig(), train=TrainConfig(global_batch=256, micro_batch=32),
+    )  # fmt: skip
+    plain = estimate(bert)
+    assert isinstance(bert.model, EncoderConfig)
+    for what, outside in {
+        "task.adversarial=fgm: 2 more passes": estimate(replace(bert, task=ClassificationConfig(adversarial="fgm"))),
+        "task.adversarial=pgd: 4 more passes": estimate(replace(bert, task=ClassificationConfig(adversarial="pgd"))),
+        "model.unpadded": estimate(replace(bert, model=replace(bert.model, unpadded=True))),
+    }.items():
+        assert width(outside) > width(plain), what
+        assert [note for note in outside.notes if what in note], what
+        assert not [note for note in plain.notes if what in note], what
     assert any("512 ranks" in note for note in estimate(with_train(global_batch=4096), "h100x512").notes)
 
 
