@@ -128,8 +128,6 @@ def _check_huggingface(config: Config) -> None:
         )  # fmt: skip
     if getattr(config.data, "isolate_documents", False):
         raise ConfigError("data.isolate_documents", True, "model=hf attends across documents", "set it to false")
-    if config.train.layer_lr_decay != 1:
-        raise ConfigError("train.layer_lr_decay", config.train.layer_lr_decay, "model=hf has layers of unknown names")
     if isinstance(config.optimizer, MuonConfig):
         raise ConfigError("optimizer.kind", "muon", "cannot tell model=hf's hidden matrices from the others")
 
@@ -258,9 +256,6 @@ def _check_train(config: Config) -> None:
             )
     if not 0 < train.layer_lr_decay <= 1:
         raise ConfigError("train.layer_lr_decay", train.layer_lr_decay, "must be above 0 and at most 1")
-    if train.layer_lr_decay != 1 and isinstance(config.model, Seq2SeqConfig):
-        problem = "an encoder-decoder has two stacks of layers"
-        raise ConfigError("train.layer_lr_decay", train.layer_lr_decay, problem, "leave it at 1")
     _positive("train.lora.rank", train.lora.rank, 0)
     _fraction("train.lora.dropout", train.lora.dropout)
     if train.lora.rank and config.init_from is None:

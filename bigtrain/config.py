@@ -204,6 +204,7 @@ class QuestionAnsweringConfig:
     max_length: int | None = None  # tokens of question and context; a longer context becomes several windows
     stride: int = 64  # tokens that two windows of a context share
     max_answer_length: int = 30  # tokens; longer spans are no candidates when the model is asked
+    no_answer_threshold: float = 0.0  # no answer where [CLS] scores more than this above the best span
 
 
 @dataclass
@@ -213,7 +214,8 @@ class InstructionConfig:
     kind: Literal["instruction"] = "instruction"
     label_smoothing: float = 0.0
     max_length: int | None = None
-    template: Literal["plain", "chatml"] = "plain"  # how a conversation is written: lines, or marked up with roles
+    # How a conversation is written: as lines, marked up with roles, or by the chat template that the tokenizer brings.
+    template: Literal["plain", "chatml", "tokenizer"] = "plain"
 
 
 TaskConfig = (
@@ -782,6 +784,12 @@ def objective_names(objective: str | list[str]) -> list[str]:
 def head_dim(model: OurModelConfig) -> int:
     """Columns of a query, key or value of one attention head."""
     return getattr(model, "head_dim", None) or model.dim // model.n_heads
+
+
+def starts_normed(model: EncoderConfig) -> bool:
+    """Whether block 0 has no norm before its attention, for the embeddings are normalised: in ModernBERT (arXiv
+    2412.13663), which has rotary positions. RoBERTa-PreLayerNorm, with learned ones, has it all the same."""
+    return model.norm_first and model.positions == "rotary"
 
 
 def micro_batch(config: Config, world_size: int) -> int:

@@ -23,7 +23,7 @@ from bigtrain.confusion import CONFUSION, EVALUATION, METRICS
 from bigtrain.data.encode_examples import record_kind
 from bigtrain.data.example_loader import Share
 from bigtrain.data.prepare_examples import write_examples
-from bigtrain.data.records import open_records
+from bigtrain.data.records import open_held_out
 from bigtrain.data.tokenizer import find_tokenizer
 from bigtrain.errors import ConfigError
 from bigtrain.export import labels as labels_of
@@ -48,9 +48,11 @@ def run(
 ) -> tuple[dict[str, Any], Path]:
     """Metrics of the newest checkpoint of `run`, and the directory with metrics.json and predictions.jsonl.
 
-    `data` names labelled files of the run's task; empty: the held-out part of what the run was trained on. Metrics of
-    tasks on examples have a bootstrap confidence interval (Efron 1979), `<name>_low` and `<name>_high`; a classifier
-    or tagger also has a table by label, and confusion.png. `bigtrain report` shows what lies in RUN/evaluation.
+    `data` names labelled files of the run's task, or a hub dataset, whose held-out split is read; empty: the held-out
+    part of what the run was trained on. Their columns are those of the run's own files, but for what `columns` names.
+    Metrics of tasks on examples have a bootstrap confidence interval (Efron 1979), `<name>_low` and `<name>_high`; a
+    classifier or tagger also has a table by label, and confusion.png. `bigtrain report` shows what lies in
+    RUN/evaluation.
     device and max_memory: as `inference.load` has them.
     Raises ConfigError for what is no run, has no checkpoint, or data that do not fit the run's task or labels.
     """
@@ -88,12 +90,15 @@ def _data(run: Path, config: Config, data: list[str], columns: dict[str, str | i
     if not isinstance(config.task, LABELLED_TASKS):
         raise ConfigError("--data", data[0], f"RUN's task is {config.task.kind}, which has no labelled data to read")
     labels = labels_of(run, config) or []
-    described = LabelledDataConfig(path=data, columns=columns)
+    trained = config.data if isinstance(config.data, LabelledDataConfig) else LabelledDataConfig()
+    described = LabelledDataConfig(
+        path=data, columns=trained.columns | columns, header=trained.header, name=trained.name
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="bigtrain-") as directory:
-        records = open_records(described, record_kind(config.task), Path(directory))
+        records = open_held_out(described, record_kind(config.task), labels, Path(directory), "--data")
         used = replace(config, data=replace(described, prepared_dir=directory))
         tokenizer = find_tokenizer(str(run / "tokenizer"), "RUN")
-        write_examples(Path(directory), used, tokenizer, labels, ((record, True) for record, _ in records.source()))
+        write_examples(Path(directory), used, tokenizer, labels, records)
         yield used
 
 
@@ -129,7 +134,8 @@ def intervals(task: LabelledTask, totals: Totals, seed: int) -> dict[str, float]
     tail = 100 * (1 - CONFIDENCE) / 2
     found: dict[str, float] = {}
     for name, values in drawn.items():
-        if name not in ("eval/loss", "eval/perplexity"):  # of the whole set; not drawn again
+        # Where the loss is that of the whole set, and not of the examples drawn, it never changes.
+        if name not in ("eval/loss", "eval/perplexity") or len(set(values)) > 1:
             low, high = np.percentile(values, [tail, 100 - tail])
             found |= {f"{name}_low": float(low), f"{name}_high": float(high)}
     return found

@@ -24,16 +24,18 @@ from bigtrain.compress.quantize import Trained
 from bigtrain.config import (
     ClassificationConfig,
     Config,
+    EncoderConfig,
     EncryptionConfig,
     HuggingFaceConfig,
     InstructionConfig,
     MaskedLMConfig,
+    Seq2SeqConfig,
     TaggingConfig,
     TranslationConfig,
 )
 from bigtrain.data.encode_examples import translation_marks
-from bigtrain.data.encode_instructions import CHAT_TEMPLATES
-from bigtrain.data.tokenizer import find_tokenizer, load_tokenizer, special_ids, vocabulary_size
+from bigtrain.data.encode_instructions import CHAT_TEMPLATES, chat_template
+from bigtrain.data.tokenizer import begin_id, find_tokenizer, load_tokenizer, special_ids, vocabulary_size
 from bigtrain.errors import ConfigError
 from bigtrain.model_card import model_card
 from bigtrain.models.huggingface import to_huggingface
@@ -76,6 +78,9 @@ def export_quantized(run: Path, out: Path, format: str, quantize: str | None) ->
 
     out = _new(out)
     config, checkpoint = _opened(run)
+    if config.task.kind == "translation":
+        problem = "is of models that read one text, and RUN's reads two: its source and what it has written"
+        raise ConfigError("--format", format, problem, "take huggingface")
     found = quantization.trained(config, checkpoint)
     if found is not None and quantize is not None:
         problem = "RUN has trained with quantized weights, and they are what is written"
@@ -175,10 +180,14 @@ def _mapped(
         from bigtrain.models.huggingface import auto
 
         return auto.to_huggingface(config.model, weights, task.kind, names, problem_type(config), tokens)
-    settings, tensors = to_huggingface(config.model, weights, architecture(config), names, problem_type(config))
+    settings, tensors = to_huggingface(
+        config.model, weights, architecture(config), names, problem_type(config), tokens.get("pad_token_id", 0)
+    )
     settings |= {name: tokens.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if isinstance(task, (ClassificationConfig, TaggingConfig)):
         settings["classifier_dropout"] = task.dropout
+    if isinstance(config.model, Seq2SeqConfig):
+        settings["decoder_start_token_id"] = tokens["bos_token_id"]
     return settings, tensors
 
 
@@ -192,10 +201,14 @@ def _write(
     write_json(staging / "config.json", settings)
     if config.task.kind in (*CAUSAL, "translation"):
         write_json(staging / "generation_config.json", generation_config(config, tokenizer, tokens))
-    shutil.copyfile(run / "tokenizer" / "tokenizer.json", staging / "tokenizer.json")
+    if isinstance(config.model, Seq2SeqConfig):
+        enclosed(tokenizer, tokens).save(str(staging / "tokenizer.json"))
+    else:
+        shutil.copyfile(run / "tokenizer" / "tokenizer.json", staging / "tokenizer.json")
     write_json(staging / "tokenizer_config.json", told(run) | tokenizer_config(config, tokens))
     if isinstance(config.task, InstructionConfig):  # as it was trained, whatever the model came with
-        (staging / "chat_template.jinja").write_text(CHAT_TEMPLATES[config.task.template], encoding="utf-8")
+        template = CHAT_TEMPLATES.get(config.task.template) or chat_template(tokenizer)
+        (staging / "chat_template.jinja").write_text(template, encoding="utf-8")
     elif (run / "tokenizer" / "chat_template.jinja").is_file():
         shutil.copyfile(run / "tokenizer" / "chat_template.jinja", staging / "chat_template.jinja")
     (staging / "README.md").write_text(model_card(run, name, config, checkpoint), encoding="utf-8")
@@ -243,19 +256,38 @@ def problem_type(config: Config) -> str | None:
 def read_tokenizer(run: Path, config: Config) -> tuple[Any, dict[str, Any]]:
     """(tokenizer, {eos_token: its text, eos_token_id: its id, ...}), of the special tokens that the run trained with.
 
-    A causal model's documents begin and end with the same token, which also pads if there is none for that.
+    A causal model's documents begin and end with the same token, which also pads if there is none for that; an
+    instruction model's conversations begin with the tokenizer's token for that, if it has one. What a
+    translation is written between begins and ends a text.
     """
     path = str(run / "tokenizer")
     if config.task.kind in CAUSAL:
         tokenizer, eos_id = load_tokenizer(path, "RUN")
         known = special_ids(tokenizer)
-        ids = {"bos": eos_id, "eos": eos_id, "pad": known.get("pad", eos_id)}
+        begin = begin_id(tokenizer) if isinstance(config.task, InstructionConfig) else eos_id
+        ids = {"bos": begin, "eos": eos_id, "pad": known.get("pad", eos_id)}
         ids |= {"unk": known["unk"]} if "unk" in known else {}
     else:
         tokenizer = find_tokenizer(path, "RUN")
         ids = special_ids(tokenizer)
+        if isinstance(config.model, Seq2SeqConfig):
+            marks = translation_marks(tokenizer, config.model)
+            ids |= {"bos": marks["cls"], "eos": marks["sep"]}
     named = {f"{name}_token": tokenizer.id_to_token(number) for name, number in ids.items()}
     return tokenizer, named | {f"{name}_token_id": number for name, number in ids.items()}
+
+
+def enclosed(tokenizer: Any, tokens: dict[str, Any]) -> Any:
+    """The tokenizer, made to put around a text what TranslationEncoder does, whatever it did by itself."""
+    from tokenizers import processors
+
+    begin, end = tokens["bos_token"], tokens["eos_token"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A {end}",
+        pair=f"{begin} $A {end} $B:1 {end}:1",
+        special_tokens=[(begin, tokens["bos_token_id"]), (end, tokens["eos_token_id"])],
+    )
+    return tokenizer
 
 
 def told(run: Path) -> dict[str, Any]:
@@ -272,8 +304,11 @@ def tokenizer_config(config: Config, tokens: dict[str, Any]) -> dict[str, Any]:
     causal = config.task.kind in CAUSAL
     # A decoder must get no token_type_ids: transformers' GPT-2 would add the embeddings of those "tokens".
     inputs = ["input_ids", "token_type_ids", "attention_mask"]
-    if causal or (
-        isinstance(config.model, HuggingFaceConfig) and config.model.architecture.get("type_vocab_size", 0) < 2
+    if (
+        causal
+        or isinstance(config.model, Seq2SeqConfig)
+        or (isinstance(config.model, EncoderConfig) and not config.model.token_types)
+        or (isinstance(config.model, HuggingFaceConfig) and config.model.architecture.get("type_vocab_size", 0) < 2)
     ):
         inputs.remove("token_type_ids")
     return {
@@ -293,9 +328,13 @@ def generation_config(config: Config, tokenizer: Any, tokens: dict[str, Any]) ->
             "decoder_start_token_id": marks["cls"], "eos_token_id": marks["sep"], "pad_token_id": marks["pad"],
             "max_new_tokens": config.task.max_new_tokens if isinstance(config.task, TranslationConfig) else None,
         }  # fmt: skip
-    ids = {name: tokens[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    settings = {name: tokens[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if isinstance(config.task, TranslationConfig):
+        longest = min(config.task.max_new_tokens, config.model.max_seq_len)  # theirs has no position after that
+        settings |= {"decoder_start_token_id": tokens["bos_token_id"], "max_new_tokens": longest}
     nobody = list(range(vocabulary_size(tokenizer), config.model.vocab_size or 0))
-    return ids | ({"suppress_tokens": nobody} if nobody else {})
+    # Beams are weighed by probabilities among the words that there are, as ours are.
+    return settings | ({"suppress_tokens": nobody, "renormalize_logits": True} if nobody else {})
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

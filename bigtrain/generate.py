@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from bigtrain.checkpoint import inference, newest
 from bigtrain.compress.quantize import as_trained
 from bigtrain.config import Config, HuggingFaceConfig, InstructionConfig, ModelConfig, TranslationConfig
 from bigtrain.data.encode_examples import TranslationEncoder, translation_marks
-from bigtrain.data.encode_instructions import prompt_text
+from bigtrain.data.encode_instructions import closing_mark, prompt_tokens
 from bigtrain.data.tokenizer import load_tokenizer, vocabulary_size
 from bigtrain.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 BATCH = 16  # prompts written on at a time
+Closed = Callable[[list[int]], bool]
 CPU = torch.device("cpu")
 
 
@@ -68,11 +70,26 @@ def run(
     if isinstance(config.task, TranslationConfig):
         return write_translations(model, prompts, tokenizer, config, max_new_tokens, options, where)
     answers = config.task if isinstance(config.task, InstructionConfig) else None
-    given = [prompt_text(prompt, answers.template) for prompt in prompts] if answers else prompts
-    encoded = [[eos_id, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in given]
-    written = write_on(model, encoded, eos_id, vocabulary_size(tokenizer), max_new_tokens, options, where)
-    texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
-    return texts if answers else [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+    size = vocabulary_size(tokenizer)
+    if answers is None:  # training began its documents with the end of the one before
+        encoded = [[eos_id, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in prompts]
+        written = write_on(model, encoded, eos_id, size, max_new_tokens, options, where)
+        texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
+        return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
+    encoded = [prompt_tokens(prompt, answers.template, tokenizer) for prompt in prompts]
+    mark = closing_mark(answers.template, tokenizer)
+    closed = partial(_ends_with, tokenizer, mark) if mark else None
+    written = write_on(model, encoded, eos_id, size, max_new_tokens, options, where, closed)
+    return [_before(mark, tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in written]
+
+
+def _ends_with(tokenizer: Any, mark: str, tokens: list[int]) -> bool:
+    """Whether the last of `tokens` completes `mark`, which may be one token or be spelled in several."""
+    return mark in tokenizer.decode(tokens[-len(mark.encode()) :], skip_special_tokens=False)
+
+
+def _before(mark: str, text: str) -> str:
+    return text.partition(mark)[0] if mark else text
 
 
 def check_options(
@@ -142,8 +159,10 @@ def write_on(
     max_new_tokens: int,
     options: dict[str, Any],
     device: torch.device = CPU,
+    closed: Closed | None = None,
 ) -> list[list[int]]:
     """The new tokens after each of `prompts`, the closing eos_id not among them. `options`: of GenerationConfig.
+    `closed` tells of new tokens whether they are the whole text though no eos_id follows.
 
     Prompts of one batch may write equally many tokens, so that none gets fewer than it would alone.
     """
@@ -156,7 +175,7 @@ def write_on(
         for indices in (same[start : start + BATCH] for start in range(0, len(same), BATCH)):
             batch = [fitted[index][0] for index in indices]
             for index, tokens in zip(
-                indices, _generate(decoder, batch, eos_id, vocab_size, room, options, device), strict=True
+                indices, _generate(decoder, batch, eos_id, vocab_size, room, options, device, closed), strict=True
             ):
                 written[index] = tokens
     return written
@@ -188,10 +207,11 @@ def _generate(
     vocab_size: int,
     max_new_tokens: int,
     options: dict[str, Any],
-    device: torch.device = CPU,
+    device: torch.device,
+    closed: Closed | None,
 ) -> list[list[int]]:
     with quiet():
-        from transformers import GenerationConfig
+        from transformers import GenerationConfig, StoppingCriteriaList
 
         from bigtrain.models.generation import DecoderForGeneration
 
@@ -202,7 +222,16 @@ def _generate(
     else:  # transformers' own; words that do not exist are never written
         model = decoder.model
         settings.suppress_tokens = list(range(vocab_size, decoder.config.vocab_size)) or None
-    output = model.generate(tokens, attention_mask=mask, generation_config=settings)[:, tokens.size(1) :].tolist()
+    begin, criteria = tokens.size(1), StoppingCriteriaList()
+    if closed is not None:
+        is_closed = closed  # for mypy: a closure forgets that it is not None
+
+        def stop(rows: Tensor, scores: Any, **unused: Any) -> Tensor:
+            return torch.tensor([is_closed(row) for row in rows[:, begin:].tolist()], device=rows.device)
+
+        criteria.append(stop)
+    output = model.generate(tokens, attention_mask=mask, generation_config=settings, stopping_criteria=criteria)
+    output = output[:, begin:].tolist()
     return [row[: row.index(eos_id)] if eos_id in row else row for row in output]
 
 

@@ -28,7 +28,14 @@ from bigtrain.config import (
     TaggingConfig,
 )
 from bigtrain.data.encode_instructions import prompt_text
-from bigtrain.data.tokenizer import find_tokenizer, load_tokenizer, require_special, special_ids, vocabulary_size
+from bigtrain.data.tokenizer import (
+    begin_id,
+    find_tokenizer,
+    load_tokenizer,
+    require_special,
+    special_ids,
+    vocabulary_size,
+)
 from bigtrain.errors import ConfigError, nearest
 from bigtrain.export import labels as labels_of
 from bigtrain.files import write_atomic
@@ -272,8 +279,11 @@ def _text(encoding: Any, pieces: list[str], keys: list[Any]) -> Text:
 
 def _inspect_decoder(model: Any, config: Config, run: Path, text: str, target: str | None) -> Inspection:
     tokenizer, eos_id = load_tokenizer(str(run / "tokenizer"), "RUN")
-    given = prompt_text(text, config.task.template) if isinstance(config.task, InstructionConfig) else text
-    read = read_prompt(tokenizer, given, eos_id, min(config.model.max_seq_len, MOST_TOKENS))
+    given, begin = text, [eos_id]
+    if isinstance(config.task, InstructionConfig):
+        given = prompt_text(text, config.task.template, tokenizer)
+        begin = [] if config.task.template == "tokenizer" else [begin_id(tokenizer)]
+    read = read_prompt(tokenizer, given, begin, min(config.model.max_seq_len, MOST_TOKENS))
     size = vocabulary_size(tokenizer)
     (tokens,) = _tensors(model, read.ids)
     with torch.no_grad(), attention_of(model) as attention:
@@ -300,19 +310,21 @@ def _next(model: Any, tokens: Tensor) -> Tensor:
     return logits
 
 
-def read_prompt(tokenizer: Any, text: str, eos_id: int, length: int) -> Text:
+def read_prompt(tokenizer: Any, text: str, begin: list[int], length: int) -> Text:
     """A prompt as a document begins; of what is too long the end is kept, and a warning says so."""
     encoding = tokenizer.encode(text, add_special_tokens=False)
-    if len(encoding.ids) > length - 1:
-        logger.warning("the text's last %d of %d tokens are read", length - 1, len(encoding.ids))
-    kept = slice(max(0, len(encoding.ids) - (length - 1)), None)
-    pieces = [text[begin:end] or token for token, (begin, end) in zip(encoding.tokens, encoding.offsets, strict=True)]
+    room = length - len(begin)
+    if len(encoding.ids) > room:
+        logger.warning("the text's last %d of %d tokens are read", room, len(encoding.ids))
+    kept = slice(max(0, len(encoding.ids) - room), None)
+    pieces = [text[start:end] or token for token, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True)]
     ids, keys = encoding.ids[kept], encoding.word_ids[kept]
     words = [1]
     for before, key in pairwise(keys):
         words.append(words[-1] + (key != before))
-    end = tokenizer.id_to_token(eos_id)
-    return Text([eos_id, *ids], [end, *pieces[kept]], [0, *words], [True, *[False] * len(ids)], [0] * (len(ids) + 1))
+    marks = [tokenizer.id_to_token(number) for number in begin]
+    special = [True] * len(begin) + [False] * len(ids)
+    return Text([*begin, *ids], [*marks, *pieces[kept]], [0] * len(begin) + words, special, [0] * len(special))
 
 
 def _token(tokenizer: Any, target: str) -> int:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from bigtrain import config as configuration
 from bigtrain import heartbeat
 from bigtrain.config import LABELLED_TASKS, Config
+from bigtrain.data.tokenizer import tokenizer_file
 from bigtrain.errors import BigtrainError
 from bigtrain.files import write_atomic
 from bigtrain.launch import cores
@@ -174,10 +175,11 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
     if host.rank == 0:
         (run_dir / "tokenizer").mkdir(exist_ok=True)  # so that the run stands on its own
         shutil.copyfile(task.tokenizer_file, run_dir / "tokenizer" / "tokenizer.json")
-        if config.model.kind == "hf":  # which says more of its tokens than ours do
+        if config.data.tokenizer.path:  # beside it stands which of its tokens are special, and its chat template
+            beside = tokenizer_file(config.data.tokenizer.path).parent
             for name in ("tokenizer_config.json", "chat_template.jinja"):
                 with contextlib.suppress(OSError):
-                    shutil.copyfile(Path(config.data.tokenizer.path or "") / name, run_dir / "tokenizer" / name)
+                    shutil.copyfile(beside / name, run_dir / "tokenizer" / name)
         if task.labels:
             write_atomic(run_dir / LABELS, json.dumps(task.labels, ensure_ascii=False, indent=1))
         name = "ds_config.json" if config.engine.kind == "deepspeed" else "engine_config.json"

@@ -42,6 +42,14 @@ LLAMA = dataclasses.replace(
     tie_embeddings=False,
 )  # fmt: skip
 BERT = EncoderConfig(dim=32, n_layers=2, n_heads=4, vocab_size=320, max_seq_len=64, init_std=0.3)
+ENCODERS = {
+    "bert": BERT,
+    "pre-norm": dataclasses.replace(BERT, norm_first=True),  # as the recipes have it
+    "modern": dataclasses.replace(
+        BERT, norm_first=True, positions="rotary", activation="geglu", bias=False, token_types=0, norm_eps=1e-5,
+        pooler=False,
+    ),
+}  # fmt: skip
 TEXT = "def main():\n    return 0\n"
 
 
@@ -67,19 +75,19 @@ def decoder_run(run: Path, model: DecoderConfig) -> tuple[Path, models.Decoder]:
 
 
 class WithHeads(nn.Module):
-    def __init__(self, head: str) -> None:
+    def __init__(self, head: str, config: EncoderConfig) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.backbone = models.build(BERT)
+        self.backbone = models.build(config)
         if head == "masked_lm":
-            self.head: nn.Module = MaskedLMHead(BERT, self.backbone.embedding)
-            self.pair_head = PairHead(BERT)
+            self.head: nn.Module = MaskedLMHead(config, self.backbone.embedding)
+            self.pair_head = PairHead(config)
         elif head == "tagging":
-            self.head = TaggingHead(BERT, 3, 0.1)
+            self.head = TaggingHead(config, 3, 0.1)
         elif head == "question_answering":
-            self.head = QuestionAnsweringHead(BERT, 0.1)
+            self.head = QuestionAnsweringHead(config, 0.1)
         else:
-            self.head = ClassificationHead(BERT, 1 if head == "regression" else 3, 0.1)
+            self.head = ClassificationHead(config, 1 if head == "regression" else 3, 0.1)
 
 
 def same(found: Tensor, expected: Tensor) -> None:
@@ -133,13 +141,31 @@ def test_a_run_that_answers_takes_its_chat_template_along(template: Any, tmp_pat
     assert alone == tokenizer.bos_token + prompt_text("def", template)
 
 
+def test_the_tokenizers_own_chat_template_and_tokens_go_along(tmp_path: Path) -> None:
+    config = Config(model=dataclasses.replace(GPT), task=InstructionConfig(template="tokenizer"))
+    torch.manual_seed(0)
+    run = make_run(tmp_path / "run", config, models.build(GPT))
+    tokenizer = find_tokenizer(str(run))
+    tokenizer.add_special_tokens(["<s>", "<|end|>"])
+    tokenizer.save(str(run / "tokenizer" / "tokenizer.json"))
+    template = "{{ bos_token }}{% for m in messages %}{{ m['role'] + ':' + m['content'] }}<|end|>{% endfor %}"
+    told = {"bos_token": "<s>", "eos_token": "<|end|>", "chat_template": template}
+    (run / "tokenizer" / "tokenizer_config.json").write_text(json.dumps(told))
+    theirs = transformers.AutoTokenizer.from_pretrained(out := export(run, tmp_path / "out"))
+    assert (theirs.bos_token, theirs.eos_token) == ("<s>", "<|end|>")
+    chat = [{"role": "user", "content": "def"}]
+    assert theirs.apply_chat_template(chat, tokenize=False) == "<s>user:def<|end|>"
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == theirs.eos_token_id
+
+
 @torch.no_grad()
+@pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize(
     "kind", ["masked_lm", "masked_lm-alone", "classification", "regression", "tagging", "question_answering"]
 )
-def test_runs_of_encoders_with_heads(kind: str, tmp_path: Path) -> None:
-    config = Config(model=BERT)
-    model = WithHeads(kind.removesuffix("-alone")).eval()
+def test_runs_of_encoders_with_heads(kind: str, encoder: str, tmp_path: Path) -> None:
+    config = Config(model=ENCODERS[encoder])
+    model = WithHeads(kind.removesuffix("-alone"), ENCODERS[encoder]).eval()
     config.task, auto = {
         "masked_lm": (MaskedLMConfig(), transformers.AutoModelForMaskedLM),
         "masked_lm-alone": (MaskedLMConfig(sentence="none"), transformers.AutoModelForMaskedLM),
@@ -166,22 +192,28 @@ def test_runs_of_encoders_with_heads(kind: str, tmp_path: Path) -> None:
     own = find_tokenizer(str(run), "RUN").encode("def main", "return")
     batch = tokenizer(["def main", "d"], ["return", "e"], padding=True, return_tensors="pt")
     assert batch["input_ids"][0].tolist() == own.ids
-    assert batch["token_type_ids"][0].tolist() == own.type_ids
+    if encoder == "modern":
+        assert set(batch) == {"input_ids", "attention_mask"}
+    else:
+        assert batch["token_type_ids"][0].tolist() == own.type_ids
     assert not batch["attention_mask"].all()
-    hidden = model.backbone(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+    hidden = model.backbone(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
     sentence = kind in ("classification", "regression")
     found = theirs(**batch)
+    real = batch["attention_mask"].bool()
     if kind == "question_answering":
-        same(torch.stack((found.start_logits, found.end_logits), dim=-1), model.head(hidden))
+        same(torch.stack((found.start_logits, found.end_logits), dim=-1)[real], model.head(hidden)[real])
+    elif sentence:
+        same(found.logits, model.head(model.backbone.pool(hidden)))
     else:
-        same(found.logits, model.head(model.backbone.pool(hidden) if sentence else hidden))
+        same(found.logits[real], model.head(hidden)[real])
     if kind in ("classification", "tagging"):
         assert theirs.config.id2label == {0: "O", 1: "PER", 2: "LOC"}
     if kind == "classification":
         assert theirs.config.classifier_dropout == 0.2
     if kind == "regression":
         assert theirs.config.problem_type == "regression"
-    if kind == "masked_lm":
+    if kind == "masked_lm" and encoder == "bert":
         whole, told = transformers.AutoModelForPreTraining.from_pretrained(out, output_loading_info=True)
         assert not any(told.values())
         same(whole(**batch).seq_relationship_logits, model.pair_head(model.backbone.pool(hidden)))

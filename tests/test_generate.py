@@ -5,18 +5,20 @@ from __future__ import annotations
 import io
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from bigtrain import cli, generate, models
 from bigtrain.checkpoint.integrity import seal
 from bigtrain.checkpoint.weights import write_weights
-from bigtrain.config import Config, DecoderConfig, dump
-from bigtrain.data.tokenizer import train_tokenizer, vocabulary_size
+from bigtrain.config import Config, DecoderConfig, InstructionConfig, dump
+from bigtrain.data.tokenizer import find_tokenizer, train_tokenizer, vocabulary_size
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.models.generation import DecoderForGeneration
 
@@ -182,14 +184,18 @@ def test_sampling_follows_the_model_s_probabilities() -> None:
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with a real tokenizer and checkpoint; the model is a random one."""
-    run = tmp_path_factory.mktemp("run")
+    model = DecoderConfig(dim=32, n_layers=2, n_heads=4, vocab_size=320, max_seq_len=64, init_std=0.3)
+    return random_run(tmp_path_factory.mktemp("run"), Config(model=model))
+
+
+def random_run(run: Path, config: Config) -> Path:
     tokenizer = train_tokenizer(["def main():\n    return 0\n" * 20], 280)
+    assert vocabulary_size(tokenizer) < 320  # rows that no token has
     (run / "tokenizer").mkdir()
     tokenizer.save(str(run / "tokenizer" / "tokenizer.json"))
-    config = Config(run_dir=str(run))
-    config.model = DecoderConfig(dim=32, n_layers=2, n_heads=4, vocab_size=320, max_seq_len=64, init_std=0.3)
-    assert vocabulary_size(tokenizer) < 320  # rows that no token has
+    config.run_dir = str(run)
     (run / "config.yaml").write_text(dump(config))
+    assert isinstance(config.model, DecoderConfig)
     for step, seed in ((10, 1), (20, 2)):
         save_checkpoint(run, step, build(config.model, seed))
     return run
@@ -237,6 +243,42 @@ def test_lines_of_stdin_come_back_in_their_order(
     assert cli._run(["generate", str(run_dir), "--prompt", "first", "--prompt", "-", *shared]) == 0
     assert capsys.readouterr().out.removesuffix("\n") == "\n\n".join(alone)
     assert len(set(alone)) == 4
+
+
+class Reciting(DecoderForGeneration):
+    """Says `text` again and again, whatever it is asked."""
+
+    def __init__(self, text: list[int], config: DecoderConfig) -> None:
+        super().__init__(models.build(config))
+        self.text, self.said = text, 0
+
+    def forward(self, input_ids: Tensor, **unused: Any) -> CausalLMOutputWithPast:
+        logits = torch.zeros(input_ids.size(0), 1, self.vocab_size)
+        logits[:, 0, self.text[self.said % len(self.text)]] = 9.0
+        self.said += 1
+        return CausalLMOutputWithPast(logits=logits)
+
+
+@pytest.mark.parametrize("special", [False, True], ids=["spelled", "one token"])
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_an_answer_ends_before_the_mark_of_its_template(
+    special: bool, num_beams: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """<|im_end|> is learned text where the tokenizer has no such token."""
+    model = DecoderConfig(dim=32, n_layers=2, n_heads=4, vocab_size=320, max_seq_len=256)
+    run = random_run(tmp_path, Config(model=model, task=InstructionConfig(template="chatml")))
+    tokenizer = find_tokenizer(str(run))
+    if special:
+        tokenizer.add_special_tokens(["<|im_end|>"])
+        tokenizer.save(str(run / "tokenizer" / "tokenizer.json"))
+    text = tokenizer.encode("four.<|im_end|>", add_special_tokens=False).ids
+    assert (len(text) < 8) == special
+    reciting = Reciting(text, model)
+    spoken = SimpleNamespace(model=reciting, config=model)  # as a model of transformers comes
+    monkeypatch.setattr(generate.inference, "load", lambda *_: (spoken, torch.device("cpu")))
+    assert generate.run(run, ["d"], max_new_tokens=50, num_beams=num_beams) == ["four."]
+    if num_beams == 1:
+        assert reciting.said == len(text), "and there it stops"
 
 
 def test_sampling_is_reproducible_by_seed(run_dir: Path) -> None:

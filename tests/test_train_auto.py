@@ -171,7 +171,6 @@ def test_changes_of_low_rank_from_directory_to_directory(engine: str, tmp_path: 
     [
         ({"model": {"kind": "hf"}}, r"model\.path=None: missing"),
         ({"model": {"kind": "hf", "max_seq_len": 65}}, r"model\.max_seq_len=65: .* takes 64 tokens"),
-        ({"train": {"layer_lr_decay": 0.9}}, r"train\.layer_lr_decay=0\.9"),
         ({"optimizer": {"kind": "muon"}}, r"optimizer\.kind='muon'"),
         ({"data": {"kind": "stdlib", "isolate_documents": True}}, r"data\.isolate_documents=True"),
     ],

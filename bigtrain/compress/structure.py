@@ -25,7 +25,15 @@ from torch import Tensor, nn
 
 from bigtrain.batch import Batch, LossSums
 from bigtrain.compress.distil import bare, layers
-from bigtrain.config import DecoderConfig, EncoderConfig, HuggingFaceConfig, ModelConfig, Seq2SeqConfig, head_dim
+from bigtrain.config import (
+    DecoderConfig,
+    EncoderConfig,
+    HuggingFaceConfig,
+    ModelConfig,
+    Seq2SeqConfig,
+    head_dim,
+    starts_normed,
+)
 from bigtrain.errors import ConfigError
 
 Importance = Literal["magnitude", "taylor", "activation"]
@@ -254,7 +262,7 @@ def choose(config: ModelConfig, cut: Cut, found: Importances) -> Kept:
     n_neurons = ffn_dim(config) - amount("neurons", cut.neurons, ffn_dim(config))
     dim = config.dim - amount("dim", cut.dim, config.dim)
     of_layers = found.layers.clone()
-    if isinstance(config, EncoderConfig) and config.norm_first:
+    if isinstance(config, EncoderConfig) and starts_normed(config):
         of_layers[0] = torch.inf  # it has no norm of its own, which another in its place would have
     kept = best(of_layers, n_layers).tolist()
     return Kept(

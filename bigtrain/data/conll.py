@@ -22,7 +22,8 @@ Sentence = tuple[int, list[str], list[str]]  # the number of its first line, wor
 def sentences(file: SourceFile, text: Iterable[str], words: int = 0, tags: int = -1) -> Iterator[Sentence]:
     """Each sentence of the file; `words` and `tags` are the columns' numbers, negative ones counted from the end.
 
-    -DOCSTART- lines are left out, and so is a language prefix that all tokens of the first sentences have.
+    -DOCSTART- lines are left out, comments too (lines that begin with "#" and have other columns than the rest), and
+    so is a language prefix that all tokens of the first sentences have.
     Raises ConfigError for a line with another number of columns than the first, or with an empty word or tag.
     """
     found = _sentences(file, text, words, tags)
@@ -40,16 +41,23 @@ def _sentences(file: SourceFile, text: Iterable[str], words: int, tags: int) -> 
     width, first = 0, 0
     tokens: list[str] = []
     labels: list[str] = []
-    for number, whole in enumerate(text, start=1):
-        line = whole.rstrip("\r\n")
-        if not line.strip(" \t") or line.startswith("-DOCSTART-"):
+    numbered = enumerate(text, start=1)
+    head: list[tuple[int, str]] = []
+    for number, whole in numbered:  # up to the first line that is surely a token's: it says how many columns there are
+        head.append((number, whole))
+        cells = _cells(whole)
+        if cells and cells[0].split()[:1] != ["#"]:
+            width = _width(file, number, cells, words, tags)
+            break
+    for number, whole in chain(head, numbered):
+        line, cells = whole.rstrip("\r\n"), _cells(whole)
+        if not cells:
             if tokens:
                 yield first, tokens, labels
             tokens, labels = [], []
             continue
-        cells = line.split("\t") if "\t" in line else line.split(" ")
-        cells = cells if "\t" in line else [cell for cell in cells if cell]
-        width = width or _width(file, number, cells, words, tags)
+        if len(cells) != width and cells[0].split()[:1] == ["#"]:
+            continue
         if len(cells) != width:
             raise _broken(file, number, whole, len(cells), width)
         if not cells[words].strip() or not cells[tags].strip():
@@ -60,6 +68,16 @@ def _sentences(file: SourceFile, text: Iterable[str], words: int, tags: int) -> 
         labels.append(cells[tags].strip())
     if tokens:
         yield first, tokens, labels
+
+
+def _cells(line: str) -> list[str]:
+    """The columns of a line; none where it parts sentences."""
+    line = line.rstrip("\r\n")
+    if line.startswith("-DOCSTART-"):
+        return []
+    if "\t" in line:
+        return line.split("\t") if line.strip(" \t") else []
+    return [cell for cell in line.split(" ") if cell]
 
 
 def _width(file: SourceFile, number: int, cells: list[str], words: int, tags: int) -> int:

@@ -16,11 +16,12 @@ from bigtrain.config import (
     TaskConfig,
     TranslationConfig,
 )
+from bigtrain.data.corpus import shown
 from bigtrain.data.encode_instructions import InstructionEncoder
 from bigtrain.data.encode_questions import QuestionEncoder
 from bigtrain.data.examples import Example
 from bigtrain.data.records import Record
-from bigtrain.data.tokenizer import special_ids
+from bigtrain.data.tokenizer import require_special, special_ids
 from bigtrain.errors import ConfigError
 
 NOT_SCORED = -100  # the tag of a token that is not the first of its word
@@ -52,8 +53,8 @@ def record_kind(task: TaskConfig) -> str:
 
 def example_encoder(config: Config, tokenizer: Any) -> ExampleEncoder:
     if isinstance(config.task, InstructionConfig):
-        eos_id = special_ids(tokenizer)["eos"]
-        return InstructionEncoder(config.task, tokenizer, eos_id, config.model.max_seq_len)
+        require_special(special_ids(tokenizer), ("eos",), config.data.tokenizer.path)
+        return InstructionEncoder(config.task, tokenizer, config.model.max_seq_len)
     if isinstance(config.task, TranslationConfig):
         return TranslationEncoder(config.task, tokenizer, config.model)
     if isinstance(config.task, TaggingConfig):
@@ -61,7 +62,8 @@ def example_encoder(config: Config, tokenizer: Any) -> ExampleEncoder:
     if isinstance(config.task, QuestionAnsweringConfig):
         return QuestionEncoder(config.task, tokenizer, config.model.max_seq_len)
     assert isinstance(config.task, ClassificationConfig)
-    return ClassificationEncoder(config.task, tokenizer, config.model.max_seq_len)
+    path = shown(getattr(config.data, "path", None))
+    return ClassificationEncoder(config.task, tokenizer, config.model.max_seq_len, path)
 
 
 def _label_id(label: str, label_ids: dict[str, int]) -> int:
@@ -72,17 +74,22 @@ def _label_id(label: str, label_ids: dict[str, int]) -> int:
 
 
 class ClassificationEncoder:
-    """A text, or two, between the tokenizer's own special tokens; one label, or a number."""
+    """A text, or two, between the tokenizer's own special tokens; one label, or a number.
 
-    def __init__(self, task: ClassificationConfig, tokenizer: Any, max_seq_len: int) -> None:
-        self.regression = task.regression
+    `encode` raises ConfigError, which names `path`, where some of the records have two texts and others one.
+    """
+
+    def __init__(self, task: ClassificationConfig, tokenizer: Any, max_seq_len: int, path: object) -> None:
+        self.regression, self.path = task.regression, path
+        self.pairs: bool | None = None  # whether records have two texts; unknown before the first
+        self.count = 0  # of the records so far
         self.tokenizer, self.length, self.cut = tokenizer, min(task.max_length or max_seq_len, max_seq_len), 0
 
     def labels_of(self, record: Record) -> list[str]:
         return [] if self.regression else [record["label"]]
 
     def encode(self, records: Sequence[Record], label_ids: dict[str, int]) -> list[list[Example]]:
-        pairs = "text_pair" in records[0]
+        pairs = self._pairs(records)
         texts = [(record["text"], record["text_pair"]) if pairs else record["text"] for record in records]
         self.tokenizer.enable_truncation(self.length, strategy="longest_first")
         examples: list[list[Example]] = []
@@ -94,6 +101,22 @@ class ClassificationEncoder:
             example["label"] = float(record["label"]) if self.regression else _label_id(record["label"], label_ids)
             examples.append([example])
         return examples
+
+    def _pairs(self, records: Sequence[Record]) -> bool:
+        """Whether the records have two texts each."""
+        for record in records:
+            self.count += 1
+            found = "text_pair" in record
+            if self.pairs is None:
+                self.pairs = found
+            if found != self.pairs:
+                has, others = ("a", "have none") if found else ("no", "have one")
+                raise ConfigError(
+                    "data.path", self.path,
+                    f"record {self.count} ({record['text'][:40]!r}) has {has} text_pair, those before it {others}",
+                    "give every record one, or take one text of each: data.columns={text: COLUMN}",
+                )  # fmt: skip
+        return bool(self.pairs)
 
 
 class TaggingEncoder:
@@ -136,10 +159,10 @@ class TaggingEncoder:
         for i, (word, token) in enumerate(zip(encoding.word_ids, encoding.ids, strict=True)):
             if word is not None and i not in special:
                 words.setdefault(word, []).append(token)
-        unknown = self.tokenizer.token_to_id("[UNK]")
+        unknown = special_ids(self.tokenizer).get("unk", 0)
         for word, tag in enumerate(tags):
             # A word of nothing but control characters has no token: something must carry its tag.
-            pieces = words.get(word, [unknown if unknown is not None else 0])[:room]
+            pieces = words.get(word, [unknown])[:room]
             if len(tokens) + len(pieces) > room:
                 finish()
                 self.cut += len(examples) == 1

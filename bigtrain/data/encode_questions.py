@@ -70,7 +70,8 @@ class QuestionEncoder:
             )  # fmt: skip
         examples: list[Example] = []
         whole = False  # in any window
-        for begin in range(0, max(len(context) - self.stride, 1), room - self.stride):
+        step = max(room - self.stride, 1)  # less than one only where the context fits, in one window
+        for begin in range(0, max(len(context) - self.stride, 1), step):
             window = context[begin : begin + room]
             kept = [*before, *window, *after]
             tokens = [encoding.ids[i] for i in kept]

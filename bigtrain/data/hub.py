@@ -67,14 +67,15 @@ def tokenizer_file(name: str, key: str) -> Path:
         file = Path(hf_hub_download(name, "tokenizer.json", revision=revision))
     except Exception as error:
         raise ConfigError(key, name, f"no tokenizer.json can be had from the hub ({_first_line(error)})") from None
-    with suppress(Exception):  # it names the end-of-text token; without it the usual names are tried
-        hf_hub_download(name, "tokenizer_config.json", revision=revision)
+    for told in ("tokenizer_config.json", "chat_template.jinja"):
+        with suppress(Exception):  # it names the special tokens; without it the usual spellings are tried
+            hf_hub_download(name, told, revision=revision)
     return file
 
 
-def model_directory(name: str, key: str) -> Path:
+def model_directory(name: str, key: str, weights: bool = True) -> Path:
     """The files of a hub model that say what it is: config, safetensors, tokenizer. From the local hub cache if they
-    are there. Raises ConfigError."""
+    are there. Raises ConfigError, also where `weights` are wanted and there are only pickled ones."""
     from huggingface_hub import snapshot_download
 
     wanted = ["*.json", "*.safetensors", "*.jinja"]
@@ -82,25 +83,36 @@ def model_directory(name: str, key: str) -> Path:
         found = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
         if (found / "config.json").exists() and any(found.glob("*.safetensors")):
             return found
-    revision = _revision("model", name, key)
+    info = _info("model", name, key)
+    files = sorted(file.rfilename for file in info.siblings or [])
+    pickled = [file for file in files if file.endswith(".bin")]
+    if weights and pickled and not any(file.endswith(".safetensors") for file in files):
+        raise ConfigError(
+            key, name, f"only pickled weights there ({pickled[0]}), which can run code when they are read",
+            f'convert them: python -c "import transformers; transformers.AutoModel.from_pretrained(\'{name}\')'
+            '.save_pretrained(\'DIR\')", and name DIR',
+        )  # fmt: skip
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, revision=revision))
+        return Path(snapshot_download(name, allow_patterns=wanted, revision=info.sha))
     except Exception as error:
         raise ConfigError(key, name, f"cannot be had from the hub ({_first_line(error)})") from None
 
 
 def _revision(kind: str, name: str, key: str) -> str:
+    return _info(kind, name, key).sha or ""
+
+
+def _info(kind: str, name: str, key: str) -> Any:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import RepositoryNotFoundError
 
     try:
-        info: Any = HfApi().repo_info(name, repo_type=kind, timeout=10)
+        return HfApi().repo_info(name, repo_type=kind, timeout=10)
     except RepositoryNotFoundError:
         raise ConfigError(key, name, f"{MISSING}, and the Hugging Face hub has no such {kind}") from None
     except Exception as error:  # offline, a proxy, a timeout: httpx and the hub each have their own
         problem = f"{MISSING}, and the Hugging Face hub cannot be reached ({_first_line(error)})"
         raise ConfigError(key, name, problem) from None
-    return info.sha or ""
 
 
 def _first_line(error: Exception) -> str:

@@ -22,6 +22,8 @@ from bigtrain.data.sampler import sample_windows
 from bigtrain.data.shards import Prepared, TokenShards
 
 Ids = NDArray[np.int64]
+DRAWS = 10  # of another B, as in BERT's create_pretraining_data.py: a corpus of one document has no other
+SCANNED = 4096  # tokens at a time, on the way to a document's end
 KEPT, REPLACED = 0.1, 0.1  # of the masked tokens: left as they are, and replaced by another; the rest become [MASK]
 
 
@@ -41,6 +43,7 @@ class MaskedRows:
         self, prepared: Prepared, split: str, seq_len: int, config: MaskedLMConfig, vocabulary: Vocabulary
     ) -> None:
         self._tokens, self._eos_id = TokenShards(prepared, split), prepared.eos_id
+        self._one_document = prepared.documents[split] < 2
         self._length, self._config, self._vocabulary = seq_len, config, vocabulary
         self._room = seq_len - (2 if config.sentence == "none" else 3)
         self.n_windows = max(1, len(self._tokens) // self._room)
@@ -49,11 +52,12 @@ class MaskedRows:
         """tokens, token_types and targets (T,), and `pair`: 0 where B follows A, 1 where it does not."""
         ids = self._vocabulary.special_ids
         cls, sep = np.array([ids["cls"]]), np.array([ids["sep"]])
-        text, pair = self._stretch(window), 0
+        begin, text = self._stretch(window)
+        pair = 0
         if self._config.sentence == "none":
             parts, types = [cls, text, sep], np.zeros(len(text) + 2, dtype=np.int64)
         else:
-            a, b, pair = self._segments(text, random)
+            a, b, pair = self._segments(begin, text, random)
             parts, types = [cls, a, sep, b, sep], np.repeat([0, 1], [len(a) + 2, len(b) + 1])
         tokens = np.concatenate(parts)
         masked, targets = self._mask(tokens, random)
@@ -64,24 +68,37 @@ class MaskedRows:
         row = self.row(0, np.random.default_rng(0))
         return row | {"targets": np.full_like(row["targets"], IGNORED), "pair": np.asarray(IGNORED)}
 
-    def _stretch(self, window: int) -> Ids:
-        """The window's longest run of tokens of one document."""
-        found = self._tokens.window(window * self._room, self._room).astype(np.int64)
+    def _stretch(self, window: int) -> tuple[int, Ids]:
+        """(where it begins in the split, the window's longest run of tokens of one document)."""
+        at = window * self._room
+        found = self._tokens.window(at, self._room).astype(np.int64)
         ends = np.flatnonzero(found == self._eos_id)
         starts = np.concatenate(([0], ends + 1))
         lengths = np.concatenate((ends, [len(found)])) - starts
         longest = int(lengths.argmax())
-        return found[starts[longest] : starts[longest] + lengths[longest]]
+        return at + int(starts[longest]), found[starts[longest] : starts[longest] + lengths[longest]]
 
-    def _segments(self, text: Ids, random: np.random.Generator) -> tuple[Ids, Ids, int]:
+    def _segments(self, begin: int, text: Ids, random: np.random.Generator) -> tuple[Ids, Ids, int]:
         least = max(1, len(text) // 4)
         cut = int(random.integers(least, max(3 * len(text) // 4, least) + 1))
         a, b, other = text[:cut], text[cut:], int(random.integers(2))
         if other and self._config.sentence == "order":
             return b, a, other
         if other:
-            b = self._stretch(int(random.integers(self.n_windows)))[: self._room - len(a)]
+            for _ in range(DRAWS):
+                other_begin, b = self._stretch(int(random.integers(self.n_windows)))
+                if self._one_document or not self._same_document(begin, other_begin):
+                    break
+            b = b[: self._room - len(a)]
         return a, b, other
+
+    def _same_document(self, one: int, other: int) -> bool:
+        """Of two places in the split: whether no document begins between them."""
+        first, last = min(one, other), max(one, other)
+        return not any(
+            (self._tokens.window(at, min(SCANNED, last - at)) == self._eos_id).any()
+            for at in range(first, last, SCANNED)
+        )
 
     def _mask(self, tokens: Ids, random: np.random.Generator) -> tuple[Ids, Ids]:
         """(tokens with some masked, targets: what they were, -100 elsewhere)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -25,6 +26,7 @@ from bigtrain.config import (
     TranslationConfig,
 )
 from bigtrain.data.encode_examples import ExampleEncoder, example_encoder, record_kind, translation_marks
+from bigtrain.data.encode_instructions import chat_template
 from bigtrain.data.encode_questions import QuestionEncoder
 from bigtrain.data.examples import FORMAT, RECORDS, ExampleWriter, PreparedExamples, load_examples
 from bigtrain.data.locks import locked, writing
@@ -58,7 +60,10 @@ def prepare_examples(config: Config) -> PreparedExamples:
         cache.mkdir(parents=True, exist_ok=True)
         loaded = find_tokenizer(data.tokenizer.path) if data.tokenizer.path else None
         records = open_records(data, record_kind(config.task), cache)
-        fingerprint = _fingerprint(config, records, tokenizer_identity(data.tokenizer, loaded, _marks_texts(config)))
+        identity = tokenizer_identity(data.tokenizer, loaded, _marks_texts(config))
+        if isinstance(config.task, InstructionConfig) and config.task.template == "tokenizer":
+            identity["chat_template"] = chat_template(loaded)
+        fingerprint = _fingerprint(config, records, identity)
         directory = cache / fingerprint
         if not directory.exists():
             with locked(cache / f"{fingerprint}.lock", config.logger.progress):
@@ -80,7 +85,9 @@ def _marks_texts(config: Config) -> bool:
 
 def _needed(config: Config) -> tuple[str, ...]:
     """Special tokens that the tokenizer must have. A model of transformers has its own around a text."""
-    if isinstance(config.model, HuggingFaceConfig) and not isinstance(config.task, InstructionConfig):
+    if isinstance(config.task, InstructionConfig):
+        return ("eos",)
+    if isinstance(config.model, HuggingFaceConfig):
         return ("cls",) if isinstance(config.task, QuestionAnsweringConfig) else ()
     return ("pad", "cls", "sep") if _marks_texts(config) else ("eos",)
 
@@ -182,8 +189,8 @@ def _labels(records: Records, encoder: ExampleEncoder, train_only: bool) -> list
     for record, held_out in records:
         if not (held_out and train_only):
             found.update(encoder.labels_of(record))
-    if all(label.lstrip("-").isdigit() for label in found):
-        return sorted(found, key=int)
+    if all(re.fullmatch(r"-?[0-9]+", label) for label in found):
+        return sorted(found, key=lambda label: (int(label), label))
     return sorted(found)
 
 

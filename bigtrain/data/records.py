@@ -10,7 +10,7 @@ Memory: one record, and the first rows of a file, at a time. `fields` says what 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain, zip_longest
@@ -25,7 +25,7 @@ from bigtrain.data.formats import SourceFile, decompressed, kind_of, lines, read
 from bigtrain.data.tables import Row, hub_table, open_table
 from bigtrain.errors import NO_VALUE, ConfigError
 
-__all__ = ["FIELDS", "Field", "Records", "open_records"]
+__all__ = ["FIELDS", "Field", "Records", "open_held_out", "open_records"]
 
 FORMAT = 1  # raise it when the same files would give other records
 CONLL = (".conll", ".bio", ".iob", ".iob2", ".txt")  # of tagging, as is .tsv
@@ -44,7 +44,7 @@ class Records:
     """
 
     task: str
-    held_out: float
+    held_out: float  # the fraction, 1.0 where training is over
     blame: tuple[str, object]  # the key, and its value, to name where there is nothing
     source: Callable[[], Iterable[tuple[Record, bool]]]
     parts: dict[str, Any] = field(repr=False)
@@ -60,7 +60,7 @@ class Records:
             yield example, held_out
         if not any(counts):
             raise ConfigError(*self.blame, "holds no record")
-        if not all(counts):
+        if not all(counts) and self.held_out < 1:
             empty, way_out = ("held-out", "raise it") if counts[0] else ("training", "lower it")
             if counts[0] and "held_out_files" in self.parts and self.parts["held_out_files"]:
                 raise ConfigError("data.held_out_path", NO_VALUE, "holds no record")
@@ -89,6 +89,19 @@ def open_records(data: LabelledDataConfig | StdlibDataConfig, task: str, cache: 
         )
     readers = _FileReader(data, task, hashed(files, cache), hashed(held_out_files, cache))
     return Records(task, data.held_out, ("data.path", shown(data.path)), readers.records, readers.parts())
+
+
+def open_held_out(data: LabelledDataConfig, task: str, labels: list[str], cache: Path, key: str) -> Records:
+    """The records of `data.path`, for one of the tasks of FIELDS, all of them held out; of a hub dataset the split that
+    it keeps for that. `key` is the option that named them.
+
+    Raises ConfigError as `open_records`; and while it goes, where `labels` are given, for a label that is none of them.
+    """
+    files = _files(data, key, data.path, task)
+    if not files:
+        raise ConfigError(key, shown(data.path), "holds no file of labelled records", f"wanted: {_wanted(task)}")
+    readers = _FileReader(data, task, [], hashed(files, cache), labels)
+    return Records(task, 1.0, (key, shown(data.path)), readers.records, readers.parts())
 
 
 def _files(data: LabelledDataConfig, key: str, paths: str | list[str] | None, task: str) -> list[SourceFile]:
@@ -135,9 +148,15 @@ class _FileReader:
     """Labelled files, or a hub dataset, as records with their split."""
 
     def __init__(
-        self, data: LabelledDataConfig, task: str, files: list[SourceFile], held_out_files: list[SourceFile]
+        self,
+        data: LabelledDataConfig,
+        task: str,
+        files: list[SourceFile],
+        held_out_files: list[SourceFile],
+        labels: Sequence[str] = (),
     ) -> None:
         self.data, self.task, self.files, self.held_out_files = data, task, files, held_out_files
+        self.labels = labels  # that there may be; empty: any
 
     def parts(self) -> dict[str, Any]:
         return {
@@ -160,7 +179,15 @@ class _FileReader:
                 except UnicodeEncodeError as error:
                     half = error.object[error.start]
                     raise file.error(f"{where} holds half a surrogate pair ({half!r}), which is no text") from None
+                self._check_labels(file, where, example)
                 yield example, digest_of(key) < self.data.held_out * 2**64 if fixed is None else fixed
+
+    def _check_labels(self, file: SourceFile, where: str, example: Record) -> None:
+        if self.labels:
+            for label in example["tags"] if self.task == "tagging" else [example["label"]]:
+                if label not in self.labels:
+                    known = f"known are {', '.join(self.labels)}"
+                    raise file.error(f"{where}: {label!r}: a label that no training example has", known)
 
     def _file(self, file: SourceFile, held_out: bool) -> Iterator[tuple[SourceFile, str, Record]]:
         if file.stamp == hub.STAMP:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from bigtrain.errors import ConfigError
 
 END_OF_TEXT = "<|endoftext|>"
 # In the order they are looked for, where the tokenizer's own files do not say which.
+BEGIN_TOKENS = ("<|begin_of_text|>", "<bos>", "<s>", "[BOS]")
 END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<EOS>", "[SEP]")
 
 # Explicit, or the library warns on standard error whenever the command starts a process later.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-# What encoders need besides, by the names that tokenizers have for them.
+# What encoders need besides, by the spellings that tokenizers have for them.
 SPECIAL = {
     "pad": ("[PAD]", "<pad>"),
     "unk": ("[UNK]", "<unk>"),
@@ -61,16 +63,48 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, for_encoder: bool = F
 
 
 def special_ids(tokenizer: Any) -> dict[str, int]:
-    """{pad, unk, cls, sep, mask, eos: id}, of those that the tokenizer has."""
+    """{pad, unk, cls, sep, mask, eos, bos: id}, of those that the tokenizer has.
+
+    What its tokenizer_config.json names goes before the usual spellings. One that names an end of a text but no
+    beginning has none: there `<s>` is a token like any other.
+    """
+    config = tokenizer_config(tokenizer)
+    told = _first_known(
+        tokenizer, {name: (_content(config.get(f"{name}_token")),) for name in (*SPECIAL, "eos", "bos")}
+    )
+    begins = {} if "eos" in told else _first_known(tokenizer, {"bos": BEGIN_TOKENS})
+    return _spelled(tokenizer) | begins | told
+
+
+def begin_id(tokenizer: Any) -> int:
+    """What a prompt begins with: the tokenizer's beginning of a text, or if it has none the token that ends one."""
+    found = special_ids(tokenizer)
+    return found.get("bos", found["eos"])
+
+
+def tokenizer_config(tokenizer: Any) -> dict[str, Any]:
+    """The tokenizer_config.json beside the file that `find_tokenizer` read, with chat_template.jinja in it."""
+    config: dict[str, Any] = getattr(tokenizer, "config", {})
+    return config
+
+
+def _spelled(tokenizer: Any) -> dict[str, int]:
+    return _first_known(tokenizer, {**SPECIAL, "eos": END_TOKENS})
+
+
+def _first_known(tokenizer: Any, spellings: Mapping[str, tuple[str | None, ...]]) -> dict[str, int]:
     found = {}
-    for name, spellings in SPECIAL.items():
-        ids = [tokenizer.token_to_id(spelling) for spelling in spellings]
+    for name, tokens in spellings.items():
+        ids = [tokenizer.token_to_id(token) for token in tokens if token is not None]
         if known := [number for number in ids if number is not None]:
             found[name] = known[0]
-    ends = [tokenizer.token_to_id(token) for token in END_TOKENS]
-    if known := [number for number in ends if number is not None]:
-        found["eos"] = known[0]
     return found
+
+
+def _content(token: object) -> str | None:
+    """The text of a token as tokenizer_config.json has it: alone, or with how it is to be matched."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) else None
 
 
 def require_special(found: dict[str, int], names: tuple[str, ...], path: str | None) -> None:
@@ -89,12 +123,12 @@ def load_tokenizer(path: str, key: str = "data.tokenizer.path") -> tuple[Any, in
 
     Raises ConfigError as that does, and if the tokenizer has no end-of-text token.
     """
-    tokenizer, file = _find(path, key)
-    for token in (_named_end_token(file.parent), *END_TOKENS):
-        if token is not None and (eos_id := tokenizer.token_to_id(token)) is not None:
-            return tokenizer, eos_id
-    wanted = f"one of {', '.join(END_TOKENS)} is needed in its vocabulary"
-    raise ConfigError(key, path, "this tokenizer has no end-of-text token", wanted)
+    tokenizer = find_tokenizer(path, key)
+    found = special_ids(tokenizer)
+    if "eos" not in found:
+        wanted = f"one of {', '.join(END_TOKENS)} is needed in its vocabulary"
+        raise ConfigError(key, path, "this tokenizer has no end-of-text token", wanted)
+    return tokenizer, found["eos"]
 
 
 def find_tokenizer(path: str, key: str = "data.tokenizer.path") -> Any:
@@ -102,25 +136,27 @@ def find_tokenizer(path: str, key: str = "data.tokenizer.path") -> Any:
 
     Raises ConfigError if there is none there or it cannot be read.
     """
-    return _find(path, key)[0]
-
-
-def _find(path: str, key: str) -> tuple[Any, Path]:
     from tokenizers import Tokenizer
 
+    file = tokenizer_file(path, key)
+    try:
+        tokenizer: Any = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ConfigError(key, path, f"{file.name} is no tokenizer ({str(error).splitlines()[0]})") from None
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.config = _config(file.parent)
+    return tokenizer
+
+
+def tokenizer_file(path: str, key: str = "data.tokenizer.path") -> Path:
+    """Where `find_tokenizer` reads. Raises ConfigError if there is nothing."""
     given = Path(path).expanduser()
     candidates = (given, given / "tokenizer.json", given / "tokenizer" / "tokenizer.json")
     file = next((file for file in candidates if file.is_file()), None)
     if file is None and given.exists():
         raise ConfigError(key, path, "no tokenizer.json in this directory", "a tokenizer saved by tokenizers is wanted")
-    file = file or hub.tokenizer_file(path, key)
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise ConfigError(key, path, f"{file.name} is no tokenizer ({str(error).splitlines()[0]})") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer, file
+    return file or hub.tokenizer_file(path, key)
 
 
 def vocabulary_size(tokenizer: Any) -> int:
@@ -142,17 +178,21 @@ def tokenizer_identity(settings: TokenizerConfig, loaded: Any | None, for_encode
     import tokenizers
 
     if loaded is not None:
-        return {"tokenizer": loaded.to_str(), "library": tokenizers.__version__}
+        spelled = _spelled(loaded)
+        told = {name: number for name, number in special_ids(loaded).items() if spelled.get(name) != number}
+        identity = {"tokenizer": loaded.to_str(), "library": tokenizers.__version__}
+        return identity | ({"special_ids": told} if told else {})
     trained = {"vocab_size": settings.vocab_size, "train_mib": settings.train_mib, "library": tokenizers.__version__}
     return trained | ({"for_encoder": True} if for_encoder else {})
 
 
-def _named_end_token(directory: Path) -> str | None:
-    """The eos_token that a Hugging Face directory's tokenizer_config.json names."""
+def _config(directory: Path) -> dict[str, Any]:
+    """What a Hugging Face directory says of its tokenizer; nothing where there is no such file, or a broken one."""
     try:
-        token = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token")
-    except (OSError, ValueError, AttributeError):
-        return None
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
+        config = json.loads((directory / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = {}
+    config = config if isinstance(config, dict) else {}
+    with suppress(OSError, ValueError):
+        config["chat_template"] = (directory / "chat_template.jinja").read_text(encoding="utf-8")
+    return config

@@ -31,11 +31,10 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig, layer_lr_decay: 
     """Matrices decay; norms and biases (one-dimensional) do not. Muon gets hidden matrices in groups of their own.
 
     layer_lr_decay: each layer's lr is smaller by this factor than that of the layer above (arXiv 1801.06146, 3.2).
+    An encoder's and a decoder's layers go by their own stack each.
     """
     groups: dict[tuple[bool, bool, int], list[nn.Parameter]] = {}
-    top = 1 + max(
-        (int(match[1]) + 1 for name, _ in model.named_parameters() if (match := _LAYER.search(name))), default=0
-    )
+    stacks = list(_stacks(model))
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -43,7 +42,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig, layer_lr_decay: 
         matrix = len(shape) >= 2
         hidden = matrix and isinstance(config, MuonConfig) and not _is_embedding(name)
         parameter.use_muon = hidden  # type: ignore[attr-defined]  # DeepSpeed's ZeRO reads it from the parameter
-        below = top - _depth(name, top) if layer_lr_decay != 1 else 0
+        below = _below(name, stacks) if layer_lr_decay != 1 else 0
         groups.setdefault((matrix, hidden, below), []).append(parameter)
     result = []
     for (decays, hidden, below), parameters in groups.items():
@@ -70,14 +69,24 @@ def freeze(model: nn.Module, patterns: list[str]) -> None:
         raise ConfigError("train.freeze", ",".join(patterns), "leaves nothing to train")
 
 
-_LAYER = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+_EMBEDDING = re.compile(r"(?:^|\.)(wte|wpe|shared|positions|token_types|\w*embed(?!_out)\w*)\.")
 
 
-def _depth(name: str, top: int) -> int:
-    """0 for embeddings, i + 1 for block i, `top` for what comes after them."""
-    if match := _LAYER.search(name):
-        return int(match[1]) + 1
-    return 0 if re.search(r"(?:^|\.)(embedding|positions|token_types|embedding_norm)\.", name) else top
+def _stacks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """(prefix of its parameters' names, number of layers) of each list of layers that is in no other."""
+    for name, child in module.named_children():
+        if type(child) is nn.ModuleList:  # a parametrization is of a class derived from it
+            yield f"{prefix}{name}.", len(child)
+        else:
+            yield from _stacks(child, f"{prefix}{name}.")
+
+
+def _below(name: str, stacks: list[tuple[str, int]]) -> int:
+    """Layers that a parameter is below the head: 0 outside the layers, one more than the deepest of embeddings."""
+    for prefix, n_layers in stacks:
+        if name.startswith(prefix):
+            return n_layers - int(name.removeprefix(prefix).split(".")[0])
+    return 1 + max((n_layers for _, n_layers in stacks), default=0) if _EMBEDDING.search(name) else 0
 
 
 def _is_embedding(name: str) -> bool:

@@ -83,7 +83,7 @@ def _completed(data: dict[str, Any], asked: HuggingFaceConfig) -> dict[str, Any]
         raise ConfigError("model.path", asked.path, "missing", "name a Hugging Face directory or hub model")
     from bigtrain.models.huggingface import auto
 
-    task, path = data.get("task"), _directory(asked.path)
+    task, path = data.get("task"), _directory(asked.path, weights=asked.pretrained)
     kind = task.get("kind", "causal_lm") if isinstance(task, dict) else "causal_lm"
     if kind not in auto.CLASSES:
         return data  # the schema says which tasks there are
@@ -110,10 +110,12 @@ def _starting(data: dict[str, Any], path: Path, weights: bool = True) -> dict[st
     return data | changed
 
 
-def _directory(path: str) -> Path:
+def _directory(path: str, weights: bool = True) -> Path:
     """A directory as it is named, or where the hub's model of that name has been fetched to."""
     given = Path(os.path.abspath(os.path.expanduser(path)))
-    return given if given.exists() or not hub.looks_like_name(path) else hub.model_directory(path, "model.path")
+    if given.exists() or not hub.looks_like_name(path):
+        return given
+    return hub.model_directory(path, "model.path", weights)
 
 
 def _architecture(path: Path) -> schema.ModelConfig:

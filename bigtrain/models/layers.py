@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigtrain.config import DecoderConfig, EncoderConfig, OurModelConfig, head_dim
+from bigtrain.config import DecoderConfig, EncoderConfig, OurModelConfig, head_dim, starts_normed
 from bigtrain.models import cpu_kernels
 from bigtrain.models.unpadded import Unpadded
 
@@ -181,8 +181,7 @@ class Block(nn.Module):
         super().__init__()
         causal = isinstance(config, DecoderConfig) if causal is None else causal
         self.norm_first = not isinstance(config, EncoderConfig) or config.norm_first
-        # A pre-norm encoder normalises its embeddings: block 0 needs no second norm (ModernBERT, arXiv 2412.13663).
-        normed = isinstance(config, EncoderConfig) and config.norm_first and layer_index == 0
+        normed = isinstance(config, EncoderConfig) and starts_normed(config) and layer_index == 0
         self.attention_norm = nn.Identity() if normed else make_norm(config)
         self.attention = Attention(config, layer_index, causal)
         self.feed_forward_norm = make_norm(config)

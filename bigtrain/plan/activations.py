@@ -21,6 +21,7 @@ from bigtrain.config import (
     OurModelConfig,
     Seq2SeqConfig,
     head_dim,
+    starts_normed,
 )
 
 SHORT = 256  # keys up to which an encoder's attention on a CPU keeps its scores (models/cpu_kernels.py)
@@ -87,7 +88,7 @@ def of(config: Config, setting: Setting) -> Activations:
         blocks += [_block(model, setting, causal=True) + _cross_attention(model, setting)] * model.n_decoder_layers
     else:
         blocks = [_block(model, setting, causal=isinstance(model, DecoderConfig))] * model.n_layers
-        if isinstance(model, EncoderConfig) and model.norm_first:
+        if isinstance(model, EncoderConfig) and starts_normed(model):
             blocks[0] -= _norm(model, setting)  # the embeddings are normalised already
     kept, peak = _head(config, model, setting)
     working, feed_forward = _working(model, setting), _ffn(model, setting)

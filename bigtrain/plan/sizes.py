@@ -27,6 +27,7 @@ from bigtrain.config import (
     OurModelConfig,
     Seq2SeqConfig,
     head_dim,
+    starts_normed,
 )
 from bigtrain.errors import ConfigError
 
@@ -196,7 +197,7 @@ def _encoder(config: EncoderConfig) -> Iterator[Parameter]:
         yield Parameter("positions.weight", (config.max_seq_len, config.dim), "positions")
     yield from _norm(config, "embedding_norm")
     for index in range(config.n_layers):
-        yield from _block(config, f"blocks.{index}", config.n_heads, normed=config.norm_first and index == 0)
+        yield from _block(config, f"blocks.{index}", config.n_heads, normed=starts_normed(config) and index == 0)
     if config.norm_first:
         yield from _norm(config, "norm")
     if config.pooler:

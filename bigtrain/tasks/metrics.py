@@ -104,24 +104,49 @@ def _overlap(found: list[str], wanted: list[str]) -> float:
 
 
 def question_answering(
-    exact: Sequence[float], f1: Sequence[float], exact_of_none: Sequence[float], answerable: Sequence[bool]
+    exact: Sequence[float],
+    f1: Sequence[float],
+    exact_of_none: Sequence[float],
+    answerable: Sequence[bool],
+    margin: Sequence[float],
+    threshold: float = 0.0,
 ) -> dict[str, float]:
     """Means, over all questions and over those that have an answer or none, of what `squad_scores` gave of each.
 
-    exact_of_none: what it gave of "". `eval/none_exact_match` is the exact match of never giving an answer.
+    exact, f1: what it gave of the best span; exact_of_none: of "", which is the answer where no answer's score is by a
+    margin above `threshold` higher than that span's. `eval/none_exact_match` is the exact match of never giving an
+    answer. Where some questions have none, also the means at the threshold that is best for these questions, and that
+    threshold, by the official script's names.
     """
-    exacts, f1s, has = np.asarray(exact), np.asarray(f1), np.asarray(answerable, dtype=bool)
+    exacts, f1s, nones = np.asarray(exact), np.asarray(f1), np.asarray(exact_of_none)
+    margins, has = np.asarray(margin), np.asarray(answerable, dtype=bool)
+    given_exact, given_f1 = (np.where(margins > threshold, nones, scores) for scores in (exacts, f1s))
     result = {
-        "eval/exact_match": float(exacts.mean()),
-        "eval/f1": float(f1s.mean()),
-        "eval/none_exact_match": float(np.mean(exact_of_none)),
+        "eval/exact_match": float(given_exact.mean()),
+        "eval/f1": float(given_f1.mean()),
+        "eval/none_exact_match": float(nones.mean()),
     }
     if has.any():
-        result["eval/has_answer_exact_match"] = float(exacts[has].mean())
-        result["eval/has_answer_f1"] = float(f1s[has].mean())
+        result["eval/has_answer_exact_match"] = float(given_exact[has].mean())
+        result["eval/has_answer_f1"] = float(given_f1[has].mean())
     if not has.all():
-        result["eval/no_answer_accuracy"] = float(exacts[~has].mean())
+        result["eval/no_answer_accuracy"] = float(given_exact[~has].mean())
+        for name, scores in (("exact", exacts), ("f1", f1s)):
+            best, at = _best_threshold(scores, nones, margins)
+            result |= {f"eval/best_{name}": best, f"eval/best_{name}_thresh": at}
     return result
+
+
+def _best_threshold(scores: np.ndarray, nones: np.ndarray, margins: np.ndarray) -> tuple[float, float]:
+    """(the highest mean that a threshold gives, the lowest that does): evaluate-v2.0.py's find_best_thresh."""
+    order = np.argsort(margins, kind="stable")
+    ascending = margins[order]
+    means = (nones.sum() + np.cumsum((scores - nones)[order])) / len(scores)  # the span given up to here, then none
+    means[:-1][ascending[1:] == ascending[:-1]] = -np.inf  # no threshold lies between equals
+    best = int(means.argmax())
+    if means[best] <= nones.mean():
+        return float(nones.mean()), float(ascending[0] - 1)  # none to all
+    return float(means[best]), float(ascending[best])
 
 
 def translation(predicted: Sequence[str], true: Sequence[str], sources: Sequence[str]) -> dict[str, float]:

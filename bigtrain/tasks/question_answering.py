@@ -88,7 +88,8 @@ class QuestionAnswering(LabelledTask):
         return Evaluated(self._loss(logits, batch), {}, self.numbered(batch, rows))
 
     def join(self, record: int, parts: list[tuple[int, Any]]) -> dict[str, Any]:
-        """One answer from all windows of a question: the best span of any, or none if that scores as high.
+        """One answer from all windows of a question: the best span of any, or none where that scores more than
+        task.no_answer_threshold above it (tau in arXiv 1810.04805, section 4.3, with the sign turned).
 
         No answer scores as in the window that is least for it, as in BERT's own run_squad.py; a span that two windows
         share as in the one that is more for it. A sample of the batches (train.eval_batches) may lack windows.
@@ -101,18 +102,23 @@ class QuestionAnswering(LabelledTask):
                 span = int(example["char_begins"][first]), int(example["char_ends"][last])
                 spans[span] = max(score, spans.get(span, -np.inf))
         asked = self._records[record]
-        told = [(score, *_trimmed(asked["context"], *span)) for span, score in spans.items()]
-        told = [(null, "", -1), *(answer for answer in told if answer[1])]
-        told = sorted(told, key=lambda answer: -answer[0])[:N_BEST]  # stable: no answer comes first among equals
-        weights = np.exp(np.array([score for score, _, _ in told]) - told[0][0])
+        threshold = self.config.no_answer_threshold
+        found = [(score, *_trimmed(asked["context"], *span)) for span, score in spans.items()]
+        told = sorted((answer for answer in found if answer[1]), key=lambda answer: -answer[0])
+        best, best_text, _ = told[0] if told else (null, "", -1)
+        place = sum(null - answer[0] <= threshold for answer in told)
+        told = [*told[:place], (null, "", -1), *told[place:]][:N_BEST]
+        weights = np.exp(np.array([score for score, _, _ in told]) - max(score for score, _, _ in told))
         answers = [
             {"text": text, "start": start, "probability": float(share)}
             for (_, text, start), share in zip(told, weights / weights.sum(), strict=True)
         ]
         golds = [answer["text"] for answer in asked["answers"]]
-        exact, f1 = metrics.squad_scores(told[0][1], golds)
+        exact, f1 = metrics.squad_scores(best_text, golds)
         exact_of_none, _ = metrics.squad_scores("", golds)
-        scores = {"exact": exact, "f1": f1, "exact_of_none": exact_of_none, "answerable": bool(golds)}
+        scores = {
+            "exact": exact, "f1": f1, "exact_of_none": exact_of_none, "answerable": bool(golds), "margin": null - best
+        }  # fmt: skip
         return {"answers": answers, "scores": scores}
 
     @cached_property
@@ -126,7 +132,8 @@ class QuestionAnswering(LabelledTask):
     def metrics(self, totals: Totals) -> dict[str, float]:
         scores = [row["scores"] for row in totals.predictions.values()]
         columns = {name: [row[name] for row in scores] for name in scores[0]}
-        return {"eval/loss": totals.nll / totals.targets} | metrics.question_answering(**columns)
+        found = metrics.question_answering(**columns, threshold=self.config.no_answer_threshold)
+        return {"eval/loss": totals.nll / totals.targets} | found
 
     def prediction(self, row: Any) -> dict[str, Any]:
         """A row of the predictions file: the answer, "" for none, and the best ones with what they have of the

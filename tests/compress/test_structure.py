@@ -71,6 +71,7 @@ def cut(model: Any, kept: Any) -> Any:
         (LLAMA, Cut(dim=0.25)),
         (BERT, Cut(heads=0.25, neurons=0.5)),
         (MODERN, Cut(heads=1, neurons=0.5, layers=2, dim=0.5)),
+        (replace(BERT, norm_first=True), Cut(heads=1, neurons=0.5, layers=2)),
     ],
 )
 def test_cutting_is_masking(config: Any, how: Cut, by: Any) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
-from bigtrain.config import InstructionConfig
-from bigtrain.data.encode_instructions import InstructionEncoder, prompt_text
-from bigtrain.data.tokenizer import END_OF_TEXT, train_tokenizer
+from bigtrain.config import Config, InstructionConfig
+from bigtrain.data.encode_examples import example_encoder
+from bigtrain.data.encode_instructions import InstructionEncoder, closing_mark, prompt_text, prompt_tokens
+from bigtrain.data.tokenizer import find_tokenizer, load_tokenizer, train_tokenizer
+from bigtrain.errors import ConfigError
 
 CHAT = [
     {"role": "system", "content": "be short"},
@@ -26,7 +31,7 @@ def tokenizer() -> Any:
 
 def encode(tokenizer: Any, record: dict[str, Any], length: int = 500, **settings: Any) -> tuple[str, list[str]]:
     """The text that is read, and each stretch of it that is learned (shifted by one, as inputs and targets are)."""
-    encoder = InstructionEncoder(InstructionConfig(**settings), tokenizer, tokenizer.token_to_id(END_OF_TEXT), length)
+    encoder = InstructionEncoder(InstructionConfig(**settings), tokenizer, length)
     ((example,),) = encoder.encode([record], {})
     tokens, targets = example["tokens"], example["targets"]
     assert len(tokens) == len(targets) <= length
@@ -70,5 +75,84 @@ def test_of_a_long_prompt_the_end_is_kept_and_the_response_with_it(tokenizer: An
 
 
 def test_without_an_answer_there_is_nothing_to_learn(tokenizer: Any) -> None:
-    encoder = InstructionEncoder(InstructionConfig(), tokenizer, tokenizer.token_to_id(END_OF_TEXT), 50)
+    encoder = InstructionEncoder(InstructionConfig(), tokenizer, 50)
     assert encoder.encode([{"messages": CHAT[:2]}], {}) == [[]]
+
+
+# ------------------------------------------------------------------------------- what the tokenizer's directory says
+
+TURNS = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+ASKED = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def directory(folder: Path, tokenizer: Any, template: str | None = None, **told: Any) -> Any:
+    """A Hugging Face directory's tokenizer, in whose vocabulary the marks are special tokens; read again."""
+    own = type(tokenizer).from_str(tokenizer.to_str())
+    own.add_special_tokens(["<|im_start|>", "<|im_end|>", "<s>"])
+    own.save(str(folder / "tokenizer.json"))
+    told |= {"chat_template": template} if template is not None else {}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"} | told))
+    return find_tokenizer(str(folder))
+
+
+def test_a_response_ends_with_the_token_that_generation_stops_at(tmp_path: Path, tokenizer: Any) -> None:
+    named = directory(tmp_path, tokenizer, eos_token="<|im_end|>", bos_token=None)
+    encoder = example_encoder(Config(task=InstructionConfig()), named)
+    ((example,),) = encoder.encode([{"prompt": "two plus two?", "response": "four"}], {})
+    _, eos_id = load_tokenizer(str(tmp_path))
+    assert named.id_to_token(eos_id) == "<|im_end|>"
+    assert example["targets"][-1] == eos_id
+    assert example["tokens"][0] == prompt_tokens("two plus two?", "plain", named)[0] == eos_id
+
+
+def test_a_conversation_begins_with_the_token_for_that(tmp_path: Path, tokenizer: Any) -> None:
+    named = directory(tmp_path, tokenizer, eos_token="<|endoftext|>", bos_token="<s>")
+    read, learned = encode(named, {"prompt": "two plus two?", "response": "four"})
+    assert read == "<s>two plus two?\nfour"
+    assert learned == ["four<|endoftext|>"]
+    assert named.decode(prompt_tokens("hi", "plain", named), skip_special_tokens=False) == "<s>hi\n"
+
+
+@pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
+def test_the_tokenizers_own_template_as_transformers_writes_it(tmp_path: Path, tokenizer: Any, place: str) -> None:
+    template = "{{ bos_token }}" + TURNS + ASKED
+    named = directory(
+        tmp_path, tokenizer, template if place == "tokenizer_config.json" else None, bos_token="<s>",
+        eos_token="<|im_end|>",
+    )  # fmt: skip
+    if place == "chat_template.jinja":
+        (tmp_path / place).write_text(template)
+        named = find_tokenizer(str(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    read, learned = encode(named, {"messages": CHAT}, template="tokenizer")
+    assert f"{read}\n" == theirs.apply_chat_template(CHAT, tokenize=False)  # the last token is a target alone
+    assert learned == ["four<|im_end|>", "welcome<|im_end|>"]
+    prompt = CHAT[1:2]
+    assert prompt_tokens(prompt[0]["content"], "tokenizer", named) == list(
+        theirs.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    )
+    assert closing_mark("tokenizer", named) == "<|im_end|>"
+
+
+def test_where_the_template_does_not_end_a_response_the_end_of_text_does(tmp_path: Path, tokenizer: Any) -> None:
+    lines = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    named = directory(tmp_path, tokenizer, lines + "{% if add_generation_prompt %}assistant: {% endif %}")
+    _, learned = encode(named, {"messages": CHAT[:3]}, template="tokenizer")
+    assert learned == ["four\n<|endoftext|>"]
+    assert closing_mark("tokenizer", named) == ""
+
+
+def test_what_a_template_cannot_do_is_one_line(tmp_path: Path, tokenizer: Any) -> None:
+    asked = {"prompt": "two plus two?", "response": "four"}
+    with pytest.raises(ConfigError, match=r"task\.template='tokenizer': the tokenizer has no chat template"):
+        encode(tokenizer, asked, template="tokenizer")
+    thinking = TURNS + "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
+    for template, said in {
+        thinking: "the prompt of response 1 is not the beginning of what the tokenizer's chat template writes",
+        "{{ raise_exception('roles must alternate') }}": r"a conversation of user, assistant \(roles must alternate\)",
+        "{% for %}": "cannot write a conversation of user, assistant",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}": "access to attribute '__class__' of 'str' object is unsafe",
+    }.items():
+        with pytest.raises(ConfigError, match=said) as raised:
+            encode(directory(tmp_path, tokenizer, template), asked, template="tokenizer")
+        assert "\n" not in str(raised.value)

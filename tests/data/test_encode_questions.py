@@ -141,6 +141,20 @@ def test_an_answer_of_the_overlap_and_a_token_is_whole_in_some_window_wherever_i
     assert encoder.torn == 1
 
 
+@pytest.mark.parametrize("short_of_the_stride", [0, 1, 5])
+def test_a_pair_that_fits_is_one_window_however_long_its_question(
+    tokenizer: Tokenizer, short_of_the_stride: int
+) -> None:
+    context = "The red house."
+    n_tokens = len(tokenizer.encode(context, add_special_tokens=False).ids)
+    whole = tokenizer.encode(QUESTION, context).ids
+    asked = record("red", context=context)
+    (window,), cut = encode(tokenizer, asked, len(whole), n_tokens + short_of_the_stride)
+    assert window["tokens"] == whole
+    assert text_of(window, window["start"], window["end"], context).strip() == "red"
+    assert cut == 0
+
+
 def test_an_overlong_question_loses_its_end(tokenizer: Tokenizer) -> None:
     question = QUESTION * 30
     windows, cut = encode(tokenizer, record(question=question), 64, 12)

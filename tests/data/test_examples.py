@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from bigtrain.config import Config, from_dict
+from bigtrain.config import Config, TaggingConfig, from_dict
+from bigtrain.data.encode_examples import TaggingEncoder
 from bigtrain.data.example_loader import GROUPED, ExampleEvalLoader, ExampleTrainLoader, Rows, Share, pad, stack
 from bigtrain.data.examples import Examples, ExampleWriter, PreparedExamples, load_examples
 from bigtrain.data.prepare_examples import prepare_examples
@@ -87,6 +89,36 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         load_examples(prepared.directory)
 
 
+@pytest.mark.parametrize("at", [3, 1500])  # of one batch of the encoder's, and of another
+@pytest.mark.parametrize("first", ["one text", "two texts"])
+def test_some_records_with_a_second_text_and_some_without(tmp_path: Path, at: int, first: str) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = []
+    for number in range(2000):
+        pair = {"text_pair": "" if (number >= at) == (first == "two texts") else "blue"}
+        rows.append(json.dumps({"text": f"red {number}", "label": number % 2} | pair) + "\n")
+    path.write_text("".join(rows))
+    has, others = ("no", "have one") if first == "two texts" else ("a", "have none")
+    said = (
+        rf"^data\.path='\S+a\.jsonl': record {at + 1} \('red {at}'\) has {has} text_pair, those before it {others}; .*"
+    )
+    with pytest.raises(ConfigError, match=said + r"data\.columns={text: COLUMN}$"):
+        prepare_examples(config(tmp_path, {"kind": "classification"}, path=str(path)))
+    alone = config(tmp_path, {"kind": "classification"}, path=str(path), columns={"text": "text"})
+    assert "token_types" not in prepare_examples(alone).ragged
+
+
+def test_labels_that_are_numbers_are_in_their_order_and_others_by_the_alphabet(tmp_path: Path) -> None:
+    def labels(*names: str) -> list[str]:
+        path = tsv(tmp_path, "a.tsv", [(f"red {n}", names[n % len(names)]) for n in range(40)])
+        return prepare_examples(config(tmp_path, {"kind": "classification"}, path=path)).labels
+
+    assert labels("10", "9", "-1") == ["-1", "9", "10"]
+    assert labels("2", "10", "²") == ["10", "2", "²"]  # a digit to str.isdigit, and none to int
+    assert labels("--5", "5") == ["--5", "5"]
+    assert labels("1", "01", "001", "0001") == ["0001", "001", "01", "1"]  # equal, and still the same each time
+
+
 def test_a_label_that_only_the_held_out_file_has(tmp_path: Path) -> None:
     held_out = tsv(tmp_path, "b.tsv", [("red", "good"), ("blue", "ugly")])
     with pytest.raises(ConfigError, match=r"'ugly': a label that no training example has; known are bad, good"):
@@ -95,6 +127,17 @@ def test_a_label_that_only_the_held_out_file_has(tmp_path: Path) -> None:
                 tmp_path, {"kind": "classification"}, path=tsv(tmp_path, "a.tsv", sentences(9)), held_out_path=held_out
             )
         )
+
+
+def test_a_word_without_a_token_is_the_unknown_one() -> None:
+    """RoBERTa's number 0 is <s>."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "red": 2, "<unk>": 3}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # of which a space alone has no piece
+    encoder = TaggingEncoder(TaggingConfig(), tokenizer, 10)
+    ((example,),) = encoder.encode([{"words": ["red", " ", "red"], "tags": ["O", "X", "O"]}], {"O": 0, "X": 1})
+    assert example == {"tokens": [2, 3, 2], "targets": [0, 1, 0]}
 
 
 def test_a_tag_sits_on_the_first_token_of_its_word_and_long_sentences_are_parted(tmp_path: Path) -> None:

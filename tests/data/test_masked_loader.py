@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -80,6 +81,39 @@ def test_b_follows_a_or_comes_from_elsewhere(prepared: Prepared) -> None:
     assert np.mean(labels) == pytest.approx(0.5, abs=0.12)
     assert all(f for f, label in zip(follows, labels, strict=True) if label == 0)
     assert np.mean([f for f, label in zip(follows, labels, strict=True) if label == 1]) < 0.1
+
+
+@pytest.mark.parametrize("few", [2, 3])
+def test_the_other_b_is_of_another_document(tmp_path: Path, few: int) -> None:
+    """Documents of numbers of their own, of which an even draw would often give the same."""
+    size = 9000  # a document is scanned in more than one go
+    documents = [np.concatenate(([EOS], np.random.default_rng(n).integers(10 + 100 * n, 110 + 100 * n, size)))
+                 for n in range(few)]  # fmt: skip
+    tokens = np.concatenate(documents).astype("<u2")
+    tokens.tofile(tmp_path / "train-00000.bin")
+    counts = {"train": len(tokens), "held_out": 0}
+    prepared = Prepared(tmp_path, "", SIZE, EOS, counts, counts, {"train": few, "held_out": 0}, None,
+                        {"train": [len(tokens)], "held_out": []})  # fmt: skip
+    made = rows(prepared, sentence="next")
+    same = {0: [], 1: []}
+    for window in range(made.n_windows):
+        row = made.row(window, np.random.default_rng(window))
+        a, b = ({(token - 10) // 100 for token in part} for part in original(row))
+        same[int(row["pair"])].append(a == b)
+        again = made.row(window, np.random.default_rng(window))
+        assert all(np.array_equal(row[name], again[name]) for name in row)
+    assert all(same[0])
+    assert not any(same[1])
+
+
+def test_a_corpus_of_one_document_has_no_other(tmp_path: Path) -> None:
+    tokens = np.concatenate(([EOS], np.arange(10, 990))).astype("<u2")
+    tokens.tofile(tmp_path / "train-00000.bin")
+    counts = {"train": len(tokens), "held_out": 0}
+    prepared = Prepared(tmp_path, "", SIZE, EOS, counts, counts, {"train": 1, "held_out": 0}, None,
+                        {"train": [len(tokens)], "held_out": []})  # fmt: skip
+    made = rows(prepared, sentence="next")
+    assert {int(made.row(0, np.random.default_rng(draw))["pair"]) for draw in range(20)} == {0, 1}
 
 
 def test_order_swaps_the_segments(prepared: Prepared) -> None:

@@ -7,6 +7,7 @@ import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -254,6 +255,13 @@ def test_parallel_text(tmp_path: Path) -> None:
     assert len(records) == len(TEXTS) + 1
 
 
+def test_comments_of_conll_are_left_out_and_the_number_sign_is_a_token(tmp_path: Path) -> None:
+    text = "# sent_id = 1\n# text = EU # 1\nEU B-ORG\n# O\n1 O\n\n# sent_id = 2\nhere O\n\n"
+    (tmp_path / "a.conll").write_text(text)
+    records = opened(tmp_path / "a.conll", "tagging", tmp_path).source()
+    assert [record["words"] for record, _ in records] == [["EU", "#", "1"], ["here"]]
+
+
 def test_instructions(tmp_path: Path) -> None:
     rows = [{"instruction": text, "input": "", "output": "yes"} for text in TEXTS]
     rows[1]["input"] = "this"
@@ -282,6 +290,19 @@ def test_a_hub_dataset_has_its_class_names(tmp_path: Path, monkeypatch: pytest.M
     assert records.identity()["files"] == [("org/ner:None", "abc")]
     with pytest.raises(ConfigError, match="no split validation; there are: train"):
         list(opened("org/ner", "tagging", tmp_path, held_out_path="org/ner"))
+
+
+def test_a_hub_model_with_pickled_weights_alone_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [SimpleNamespace(rfilename=name) for name in ("config.json", "pytorch_model.bin")]
+    info = SimpleNamespace(sha="abc", siblings=files)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", lambda *_, **__: info)
+    with pytest.raises(ConfigError, match=r"^model\.path='org/old': only pickled weights there \(pytorch_model\.bin\)"):
+        hub.model_directory("org/old", "model.path")
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **options: str(tmp_path / options["revision"]))
+    assert hub.model_directory("org/old", "model.path", weights=False) == tmp_path / "abc"
+    files.append(SimpleNamespace(rfilename="model.safetensors"))
+    assert hub.model_directory("org/old", "model.path") == tmp_path / "abc"
 
 
 def test_a_hub_dataset_offline_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,18 @@ from pathlib import Path
 import pytest
 from tokenizers import Tokenizer, models
 
-from bigtrain.data.tokenizer import END_OF_TEXT, END_TOKENS, load_tokenizer, train_tokenizer, vocabulary_size
+from bigtrain.config import TokenizerConfig
+from bigtrain.data.tokenizer import (
+    END_OF_TEXT,
+    END_TOKENS,
+    begin_id,
+    find_tokenizer,
+    load_tokenizer,
+    special_ids,
+    tokenizer_identity,
+    train_tokenizer,
+    vocabulary_size,
+)
 from bigtrain.errors import ConfigError
 from tests.data.samples import ROOT, documents
 
@@ -70,6 +81,32 @@ def test_the_directory_says_which_token_ends_text(tmp_path: Path, form: object) 
     word_tokenizer("</s>", "<stop>").save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": form}))
     assert load_tokenizer(str(tmp_path))[1] == 2
+
+
+def test_the_directory_says_which_tokens_are_special(tmp_path: Path) -> None:
+    """As Qwen2.5-Instruct's does: its vocabulary has <|endoftext|> too, which pads."""
+    word_tokenizer(END_OF_TEXT, "<|im_end|>", "<what>", "<s>").save(str(tmp_path / "tokenizer.json"))
+    assert special_ids(find_tokenizer(str(tmp_path))) == {"cls": 4, "eos": 1, "bos": 4}
+    plain = tokenizer_identity(TokenizerConfig(), find_tokenizer(str(tmp_path)), False)
+    told = {"eos_token": "<|im_end|>", "pad_token": END_OF_TEXT, "unk_token": {"content": "<what>"}, "bos_token": None}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+    tokenizer, eos_id = load_tokenizer(str(tmp_path))
+    assert special_ids(tokenizer) == {"cls": 4, "eos": 2, "pad": 1, "unk": 3}
+    assert eos_id == begin_id(tokenizer) == 2
+    assert tokenizer_identity(TokenizerConfig(), tokenizer, False) != plain, "other token ids, other examples"
+
+
+def test_a_text_begins_with_the_token_for_that_where_there_is_one(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    word_tokenizer("</s>", "<s>").save(str(tmp_path / "tokenizer.json"))
+    assert begin_id(find_tokenizer(str(tmp_path))) == 2
+    assert begin_id(tokenizer) == 0  # our own have <|endoftext|> alone
+
+
+def test_a_broken_tokenizer_config_says_nothing(tmp_path: Path) -> None:
+    word_tokenizer("</s>").save(str(tmp_path / "tokenizer.json"))
+    for text in ("[1]", "{", '{"eos_token": 7}', '{"eos_token": "<gone>"}'):
+        (tmp_path / "tokenizer_config.json").write_text(text)
+        assert load_tokenizer(str(tmp_path))[1] == 1
 
 
 def test_padding_and_truncation_of_the_file_are_off(tmp_path: Path, tokenizer: Tokenizer) -> None:

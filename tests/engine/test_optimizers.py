@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+import transformers
 
-from bigtrain.config import AdamWConfig, EncoderConfig
+from bigtrain.config import AdamWConfig, EncoderConfig, Seq2SeqConfig
 from bigtrain.engine.optimizers import freeze, parameter_groups
 from bigtrain.errors import ConfigError
 from bigtrain.models import Encoder
+from bigtrain.models.seq2seq import Seq2Seq
 
 
 @pytest.fixture
@@ -37,6 +41,47 @@ def test_lower_layers_learn_slower(encoder: Encoder) -> None:
     assert found["blocks.0.feed_forward.up.bias"] == 0.125
     assert found["embedding.weight"] == found["token_types.weight"] == found["embedding_norm.bias"] == 0.0625
     assert set(rates(encoder, 1.0).values()) == {1.0}
+
+
+def test_an_encoder_decoders_layers_go_by_their_own_stack() -> None:
+    with torch.device("meta"):
+        model = Seq2Seq(Seq2SeqConfig(dim=16, n_layers=2, n_decoder_layers=4, n_heads=2, vocab_size=50))
+    found = rates(model, 0.5)
+    assert len(found) == len(list(model.parameters()))
+    assert found["embedding.weight"] == 0.5**5
+    assert found["encoder_norm.weight"] == found["norm.weight"] == 1.0
+    of_blocks = {f"{stack}_blocks.{i}." for stack, n in (("encoder", 2), ("decoder", 4)) for i in range(n)}
+    assert of_blocks == {name for name in of_blocks if any(given.startswith(name) for given in found)}
+    for name, rate in found.items():
+        if match := re.match(r"(encoder|decoder)_blocks\.(\d)\.", name):
+            assert rate == 0.5 ** ({"encoder": 2, "decoder": 4}[match[1]] - int(match[2])), name
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "depths"),
+    [
+        (
+            "Bert", {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 16},
+            {"embeddings.word_embeddings.": 4, "embeddings.position_embeddings.": 4, "embeddings.LayerNorm.": 4,
+             "encoder.layer.0.": 3, "encoder.layer.2.": 1, "pooler.": 0},
+        ),
+        (
+            "GPT2", {"n_embd": 16, "n_layer": 2, "n_head": 2},
+            {"wte.": 3, "wpe.": 3, "h.0.": 2, "h.1.": 1, "ln_f.": 0},
+        ),
+        (
+            "T5", {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 2},
+            {"shared.": 4, "encoder.block.0.": 2, "encoder.block.1.": 1, "encoder.final_layer_norm.": 0,
+             "decoder.block.0.": 3, "decoder.block.2.": 1, "decoder.final_layer_norm.": 0},
+        ),
+    ],
+)  # fmt: skip
+def test_a_model_of_transformers_is_taken_apart_alike(kind: str, sizes: dict[str, int], depths: dict[str, int]) -> None:
+    theirs = getattr(transformers, f"{kind}Config")(vocab_size=50, **sizes)
+    with torch.device("meta"):
+        found = rates(getattr(transformers, f"{kind}Model")(theirs), 0.5)
+    for start, below in depths.items():
+        assert {rate for name, rate in found.items() if name.startswith(start)} == {0.5**below}, start
 
 
 def test_frozen_parameters_are_in_no_group(encoder: Encoder) -> None:

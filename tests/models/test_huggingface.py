@@ -31,6 +31,10 @@ BERT = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 97,
     "max_position_embeddings": 32, "initializer_range": 0.2,
 }  # fmt: skip
+MODERNBERT = {
+    "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 97,
+    "max_position_embeddings": 32, "pad_token_id": 1, "layer_types": ["full_attention"] * 2,
+}  # fmt: skip
 DECODERS = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
     "gpt2-untied": ("GPT2LMHeadModel", "GPT2Config", GPT2 | {"tie_word_embeddings": False, "n_inner": 80}),
@@ -200,6 +204,107 @@ def test_a_regression_is_one_number(tmp_path: Path) -> None:
     same(again(**BERT_INPUTS).logits, ours.head(ours.backbone.pool(ours.backbone(TOKENS, MASK, TYPES))))
 
 
+PRE_NORM = EncoderConfig(
+    dim=64, n_layers=2, n_heads=4, ffn_dim=96, vocab_size=97, max_seq_len=32, norm_first=True, init_std=0.1
+)
+MODERN = dataclasses.replace(
+    PRE_NORM, positions="rotary", rope_theta=500.0, token_types=0, norm_eps=1e-5, activation="geglu", bias=False,
+    pooler=False,
+)  # fmt: skip
+PRE_NORMS = {
+    "roberta": PRE_NORM,
+    "modernbert": MODERN,
+    "modernbert-bias": dataclasses.replace(MODERN, bias=True, activation="swiglu"),
+}
+AUTO = {
+    "masked_lm": transformers.AutoModelForMaskedLM,
+    "pretraining": transformers.AutoModelForMaskedLM,
+    "classification": transformers.AutoModelForSequenceClassification,
+    "tagging": transformers.AutoModelForTokenClassification,
+    "question_answering": transformers.AutoModelForQuestionAnswering,
+}
+PADDED = TOKENS.clamp(min=2).masked_fill(MASK == 0, 1)  # 1: the padding, after which RoBERTa's positions begin
+
+
+def drawn(model: nn.Module) -> nn.Module:
+    """Biases and norms drawn too."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:
+                parameter.normal_(1.0 if "norm" in name and name.endswith("weight") else 0.0, 0.1)
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", AUTO)
+@pytest.mark.parametrize("family", PRE_NORMS)
+def test_pre_norm_encoders_with_heads_out_and_in(
+    family: str, kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = PRE_NORMS[family]
+    config = dataclasses.replace(config, pooler=config.pooler and kind in ("pretraining", "classification"))
+    torch.manual_seed(0)
+    ours = drawn(WithHeads(config, kind, labels=1 if family == "modernbert" else 3))
+    labels = {"labels": ["a", "b", "c"]} if kind in ("classification", "tagging") and family != "modernbert" else {}
+    export(config, ours, kind, tmp_path, **labels)
+    again, told = AUTO[kind].from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(told.values())
+    left_out = "has no head for pairs of sentences: the run's is left out"
+    assert (left_out in caplog.text) == (kind == "pretraining")
+    inputs = {"input_ids": PADDED, "attention_mask": MASK, **({"token_type_ids": TYPES} if config.token_types else {})}
+    real = MASK.bool()
+
+    def answers(model: nn.Module) -> Tensor:
+        hidden = model.backbone(PADDED, MASK, TYPES)
+        return model.head(model.backbone.pool(hidden)) if kind == "classification" else model.head(hidden)[real]
+
+    found = again(**inputs)
+    if kind == "question_answering":
+        same(torch.stack((found.start_logits, found.end_logits), dim=-1)[real], answers(ours))
+    else:
+        same(found.logits if kind == "classification" else found.logits[real], answers(ours))
+    if "modernbert" in family and kind not in ("masked_lm", "pretraining"):
+        with pytest.raises(ConfigError, match="classifier_activation=linear"):
+            read_config(tmp_path)
+        return
+    kept = dataclasses.replace(config, pooler=config.pooler and kind == "classification")
+    assert read_config(tmp_path) == kept
+    back = "masked_lm" if kind == "pretraining" else kind
+    imported = WithHeads(kept, back, labels=3)
+    same(answers(loaded(imported, iterate_weights(tmp_path, kept))), answers(ours))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", PRE_NORMS)
+def test_pre_norm_encoders_without_heads_out_and_in(family: str, tmp_path: Path) -> None:
+    config = PRE_NORMS[family]
+    torch.manual_seed(0)
+    ours = drawn(build(config))
+    export(config, ours, "base", tmp_path, pad_token_id=1)
+    again, told = transformers.AutoModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(told.values())
+    inputs = {"input_ids": PADDED, "attention_mask": MASK, **({"token_type_ids": TYPES} if config.token_types else {})}
+    expected, hidden = again(**inputs), ours(PADDED, MASK, TYPES)
+    same(expected.last_hidden_state[MASK.bool()], hidden[MASK.bool()])
+    if config.pooler:
+        same(expected.pooler_output, ours.pool(hidden))
+    assert read_config(tmp_path) == config
+    imported = loaded(build(config), iterate_weights(tmp_path, config, prefix=""))
+    same(imported(PADDED, MASK, TYPES), hidden)
+
+
+@torch.no_grad()
+def test_robertas_positions_begin_after_any_padding(tmp_path: Path) -> None:
+    ours = drawn(build(PRE_NORM))
+    settings = export(PRE_NORM, ours, "base", tmp_path, pad_token_id=5)
+    assert settings["max_position_embeddings"] == 38
+    again = transformers.AutoModel.from_pretrained(tmp_path)
+    tokens = TOKENS.clamp(min=6).masked_fill(MASK == 0, 5)
+    same(again(tokens, attention_mask=MASK).last_hidden_state[MASK.bool()], ours(tokens, MASK)[MASK.bool()])
+    assert read_config(tmp_path) == PRE_NORM
+
+
 @torch.no_grad()
 def test_the_real_minilm() -> None:
     """A published BERT of 22.7M parameters, from before transformers 5."""
@@ -261,18 +366,25 @@ def rewrite(directory: Path, rename: Any, more: dict[str, Tensor] | None = None,
         ("LlamaModel", "LlamaConfig", {"hidden_act": "gelu"}, "hidden_act=gelu"),
         ("LlamaModel", "LlamaConfig", {"attention_bias": True}, "attention_bias=True: our layers have biases"),
         ("MistralModel", "MistralConfig", {"sliding_window": 8}, "sliding_window=8: our attention sees"),
-        ("Qwen2Model", "Qwen2Config", {}, "its model_type is qwen2; one of gpt2, llama, mistral, bert is wanted"),
+        ("Qwen2Model", "Qwen2Config", {}, "its model_type is qwen2; one of gpt2, llama, mistral, bert, "),
         ("GPT2Model", "GPT2Config", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
         ("GPT2Model", "GPT2Config", {"activation_function": "relu"}, "activation_function=relu: one of gelu"),
         ("BertModel", "BertConfig", {"position_embedding_type": "relative_key"}, "position_embedding_type=relative"),
         ("BertModel", "BertConfig", {"is_decoder": True}, "is_decoder=True"),
         ("BertForMaskedLM", "BertConfig", {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
+        ("RobertaPreLayerNormForMaskedLM", "RobertaPreLayerNormConfig", {"hidden_act": "gelu_new"}, "its head for"),
+        ("RobertaPreLayerNormModel", "RobertaPreLayerNormConfig", {"is_decoder": True}, "is_decoder=True"),
+        ("ModernBertModel", "ModernBertConfig", {"layer_types": None}, "local_attention=128: our attention sees"),
+        ("ModernBertModel", "ModernBertConfig", {"mlp_bias": True}, "mlp_bias=True: our layers have biases"),
+        ("ModernBertForTokenClassification", "ModernBertConfig", {}, "a layer that our heads do not have; model=hf"),
+        ("ModernBertForMaskedLM", "ModernBertConfig", {"tie_word_embeddings": False}, "tie_word_embeddings=False"),
     ],
 )
 def test_what_we_cannot_express_is_refused(
     name: str, config: str, values: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    base = {"GPT2Config": GPT2, "BertConfig": BERT}.get(config, LLAMA)
+    bases = {"GPT2Config": GPT2, "BertConfig": BERT, "RobertaPreLayerNormConfig": BERT, "ModernBertConfig": MODERNBERT}
+    base = bases.get(config, LLAMA)
     theirs(name, config, base | values).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=message) as caught:
         read_config(tmp_path)
@@ -330,8 +442,14 @@ _BERT = EncoderConfig(dim=32, n_layers=1, n_heads=2, vocab_size=97)
         (dataclasses.replace(_LLAMA, activation="gelu"), "causal_lm", "model.activation='gelu'"),
         (_GPT, "tagging", "architecture='tagging': no gpt2 of that; one of causal_lm, base"),
         (_BERT, "causal_lm", "architecture='causal_lm': no bert of that"),
-        (dataclasses.replace(_BERT, positions="rotary"), "base", "model.positions='rotary'"),
-        (dataclasses.replace(_BERT, norm_first=True), "masked_lm", "model.norm_first=True"),
+        (dataclasses.replace(_BERT, positions="rotary"), "base", "model.norm_first=False: transformers has no class"),
+        (dataclasses.replace(_BERT, norm_first=True, token_types=0), "base", "model.token_types=0"),
+        (dataclasses.replace(_BERT, norm_first=True, activation="gelu_tanh"), "pretraining", "model.activation='gelu_"),
+        (dataclasses.replace(_BERT, norm_first=True, pooler=False), "classification", "model.pooler=False"),
+        (dataclasses.replace(MODERN, norm="rmsnorm"), "base", "model.norm='rmsnorm'"),
+        (dataclasses.replace(MODERN, activation="gelu"), "tagging", "model.activation='gelu'"),
+        (dataclasses.replace(MODERN, token_types=2), "masked_lm", "model.token_types=2"),
+        (dataclasses.replace(MODERN, pooler=True), "classification", "model.pooler=True: transformers' ModernBert"),
         (dataclasses.replace(_BERT, token_types=0), "masked_lm", "model.token_types=0"),
         (dataclasses.replace(_BERT, pooler=False), "classification", "model.pooler=False"),
     ],

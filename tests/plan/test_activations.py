@@ -25,6 +25,7 @@ VARIANTS: dict[str, OurModelConfig] = {
     "llama with grouped queries": DecoderConfig(**LLAMA, n_heads=4, n_kv_heads=2),
     "bert": EncoderConfig(**GPT, n_heads=2, dropout=0.0),
     "bert with dropout": EncoderConfig(**GPT, n_heads=2, dropout=0.1),
+    "bert, normalised before adding": EncoderConfig(**GPT, n_heads=2, dropout=0.1, norm_first=True),
     "modern bert": EncoderConfig(
         **GPT, n_heads=2, dropout=0.0, positions="rotary", norm_first=True, activation="geglu", token_types=0
     ),

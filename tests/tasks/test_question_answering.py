@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,8 @@ def test_scores_are_the_official_scripts(predicted: str, golds: list[str], exact
 
 
 def test_means_of_either_kind_of_question() -> None:
-    found = metrics.question_answering([1, 0, 1, 0], [1, 0.5, 1, 0], [0, 0, 1, 1], [True, True, False, False])
+    margins = [-9, -8, 3, -7]  # no answer to the third alone
+    found = metrics.question_answering([1, 0, 0, 0], [1, 0.5, 0, 0], [0, 0, 1, 1], [True, True, False, False], margins)
     assert found == {
         "eval/exact_match": 0.5,
         "eval/f1": 0.625,
@@ -50,9 +52,34 @@ def test_means_of_either_kind_of_question() -> None:
         "eval/has_answer_exact_match": 0.5,
         "eval/has_answer_f1": 0.75,
         "eval/no_answer_accuracy": 0.5,
+        "eval/best_exact": 0.75,
+        "eval/best_exact_thresh": -9,
+        "eval/best_f1": 0.875,
+        "eval/best_f1_thresh": -8,
     }
-    assert "eval/no_answer_accuracy" not in metrics.question_answering([1], [1], [0], [True])
-    assert "eval/has_answer_f1" not in metrics.question_answering([1], [1], [1], [False])
+    answerable = metrics.question_answering([1], [1], [0], [True], [-1])
+    assert not any("no_answer" in name or "thresh" in name for name in answerable)
+    assert "eval/has_answer_f1" not in metrics.question_answering([1], [1], [1], [False], [-1])
+
+
+def test_the_best_threshold_is_that_of_trying_all() -> None:
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        has = random.random(12) < 0.5
+        has[0] = False
+        exact = (has & (random.random(12) < 0.5)).astype(float)
+        f1 = np.maximum(exact, has * random.random(12))
+        margins = random.integers(-3, 4, 12).astype(float)  # with equals
+
+        def measured(threshold: float, of: tuple[Any, ...] = (exact, f1, ~has, has, margins)) -> dict[str, float]:
+            return metrics.question_answering(*of, threshold=threshold)
+
+        tried = [measured(threshold) for threshold in np.arange(-5, 5)]
+        found = measured(0.0)
+        for name, of in (("exact_match", "exact"), ("f1", "f1")):
+            best = found[f"eval/best_{of}"]
+            assert best == pytest.approx(max(row[f"eval/{name}"] for row in tried))
+            assert measured(found[f"eval/best_{of}_thresh"])[f"eval/{name}"] == pytest.approx(best)
 
 
 @pytest.mark.parametrize("longest", [1, 3, 50])
@@ -159,6 +186,20 @@ def test_no_answer_wins_where_every_window_is_for_it(config: Config) -> None:
     assert found["eval/exact_match"] == found["eval/none_exact_match"]
     assert found["eval/has_answer_f1"] == 0
     assert found["eval/no_answer_accuracy"] == 1
+
+
+def test_the_threshold_says_how_much_higher_no_answer_has_to_score(config: Config) -> None:
+    def answers(threshold: float) -> tuple[dict[str, float], dict[str, str]]:
+        told = replace(config, task=replace(config.task, no_answer_threshold=threshold))
+        found, rows = asked(told, red=1.0, cls=2.0)  # no answer scores 4, red 2, any other span 0
+        return found, {name: row["prediction"] for name, row in rows.items()}
+
+    assert set(answers(1.5)[1].values()) == {""}
+    found, given = answers(2.0)
+    assert given == {"short": "red", "late": "red", "none": ""}
+    assert found["eval/exact_match"] == found["eval/best_exact"] == found["eval/best_f1"] == 1
+    assert found["eval/best_exact_thresh"] == found["eval/best_f1_thresh"] == 2
+    assert answers(4.0)[1]["none"]
 
 
 def test_the_loss_is_over_what_can_be_an_answer(config: Config) -> None:

@@ -153,10 +153,6 @@ def test_generate_writes_the_translation_alone(
 def test_only_an_encoder_decoder_translates(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"needs a model of kind seq2seq; take model=transformer_tiny"):
         check(from_dict({"model": {"kind": "encoder"}, "task": {"kind": "translation"}}))
-    with pytest.raises(ConfigError, match=r"train\.layer_lr_decay=0\.9: an encoder-decoder has two stacks of layers"):
-        check(
-            from_dict({"model": {"kind": "seq2seq"}, "task": {"kind": "translation"}, "train": {"layer_lr_decay": 0.9}})
-        )
     with pytest.raises(ConfigError, match=r"task\.num_beams"):
         configured(tmp_path, num_beams=0)
 

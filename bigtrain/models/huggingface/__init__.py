@@ -1,8 +1,9 @@
-"""Models in the Hugging Face format, both ways and exact: GPT-2, Llama and BERT.
+"""Models in the Hugging Face format, both ways and exact: GPT-2, Llama, BERT, RoBERTa-PreLayerNorm and ModernBERT
+(BERTs normalised before adding), and Pegasus for our encoder-decoder.
 
 Their names on one side, ours on the other. An encoder's parameters are named as in a model of encoder and heads:
 `backbone.*`, `head.*` (what the task trains: MaskedLMHead, ClassificationHead or TaggingHead) and `pair_head.*` (next
-sentence prediction, PairHead). A decoder, whose head is its own, has no prefix.
+sentence prediction, PairHead). A decoder and an encoder-decoder, whose heads are their own, have no prefix.
 """
 
 from __future__ import annotations

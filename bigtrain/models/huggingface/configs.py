@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from bigtrain.config import DecoderConfig, EncoderConfig, OurModelConfig
+from bigtrain.config import DecoderConfig, EncoderConfig, OurModelConfig, Seq2SeqConfig
 from bigtrain.errors import ConfigError
+from bigtrain.models.huggingface import seq2seq
 from bigtrain.models.huggingface.importing import open_weights
 
 logger = logging.getLogger(__name__)
@@ -22,6 +24,7 @@ GELU: dict[str, Gelu] = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+GATED: dict[str, Literal["geglu", "swiglu"]] = {"gelu": "geglu", "silu": "swiglu"}
 
 
 def read_values(directory: Path, key: str) -> tuple[dict[str, Any], Any]:
@@ -58,11 +61,22 @@ def read_config(directory: Path, key: str = "init_from") -> OurModelConfig:
         raise
     except Exception as error:  # transformers checks types and values, and raises many kinds
         raise ConfigError(key, str(directory), f"its config.json is no {kind}'s ({_one_line(error)})") from None
-    names = open_weights(directory, key).names
+    stored = open_weights(directory, key)
+    names = stored.names
+    if isinstance(config, Seq2SeqConfig) and (name := seq2seq.learned_constant(config, stored)):
+        problem = f"has learned {name}, which our encoder-decoder computes"
+        raise ConfigError(key, str(directory), problem, "take model=hf")
     if isinstance(config, EncoderConfig):
-        config.pooler = any(name.endswith("pooler.dense.weight") for name in names)  # config.json does not say
-        if not theirs.tie_word_embeddings and any(name.startswith("cls.predictions.") for name in names):
+        # config.json does not say which
+        config.pooler = any(name.endswith(("pooler.dense.weight", "classifier.dense.weight")) for name in names)
+        masked_words = any(name.startswith(("cls.predictions.", "lm_head.", "decoder.")) for name in names)
+        if masked_words and not theirs.tie_word_embeddings:
             raise refuse("tie_word_embeddings", False, "our head for masked words shares the token embedding")
+        if masked_words and kind == "roberta-prelayernorm" and config.activation != "gelu":
+            raise refuse("hidden_act", theirs.hidden_act, "its head for masked words has gelu, ours as the layers")
+        if kind == "modernbert" and "classifier.weight" in names:
+            problem = "before its classifier is a layer that our heads do not have; model=hf takes it as it is"
+            raise refuse("architectures", theirs.architectures, problem)
     return config
 
 
@@ -72,6 +86,14 @@ def _their_class(kind: str) -> Any:
         from transformers.models.gpt2.configuration_gpt2 import GPT2Config as Theirs
     elif kind == "bert":
         from transformers.models.bert.configuration_bert import BertConfig as Theirs
+    elif kind == "pegasus":
+        from transformers.models.pegasus.configuration_pegasus import PegasusConfig as Theirs
+    elif kind == "roberta-prelayernorm":
+        from transformers.models.roberta_prelayernorm.configuration_roberta_prelayernorm import (
+            RobertaPreLayerNormConfig as Theirs,
+        )
+    elif kind == "modernbert":
+        from transformers.models.modernbert.configuration_modernbert import ModernBertConfig as Theirs
     elif kind == "mistral":
         from transformers.models.mistral.configuration_mistral import MistralConfig as Theirs
     else:
@@ -108,11 +130,7 @@ def _gpt2(theirs: Any, refuse: Refuse) -> DecoderConfig:
 
 def _llama(theirs: Any, refuse: Refuse) -> DecoderConfig:
     """Llama, and Mistral where it attends to the whole context."""
-    rope = dict(theirs.rope_parameters or {})
-    theta = rope.pop("rope_theta", 10_000.0)
-    rope.pop("type", None)  # the older name of rope_type, which transformers fills in from it
-    if rope.pop("rope_type", "default") != "default" or rope.pop("partial_rotary_factor", 1.0) != 1.0 or rope:
-        raise refuse("rope_scaling", theirs.rope_parameters, "our rotary positions are not scaled")
+    theta = _rope_theta(theirs.rope_parameters or {}, refuse)
     if theirs.hidden_act != "silu":
         raise refuse("hidden_act", theirs.hidden_act, "our gated feed-forward layer has silu (swiglu)")
     window = getattr(theirs, "sliding_window", None)
@@ -131,7 +149,7 @@ def _llama(theirs: Any, refuse: Refuse) -> DecoderConfig:
         vocab_size=theirs.vocab_size,
         max_seq_len=theirs.max_position_embeddings,
         positions="rotary",
-        rope_theta=float(theta),
+        rope_theta=theta,
         norm="rmsnorm",
         norm_eps=theirs.rms_norm_eps,
         activation="swiglu",
@@ -140,6 +158,15 @@ def _llama(theirs: Any, refuse: Refuse) -> DecoderConfig:
         dropout=float(theirs.attention_dropout or 0.0),
         init_std=theirs.initializer_range,
     )
+
+
+def _rope_theta(parameters: dict[str, Any], refuse: Refuse) -> float:
+    rope = dict(parameters)
+    theta = rope.pop("rope_theta", 10_000.0)
+    rope.pop("type", None)  # the older name of rope_type, which transformers fills in from it
+    if rope.pop("rope_type", "default") != "default" or rope.pop("partial_rotary_factor", 1.0) != 1.0 or rope:
+        raise refuse("rope_scaling", parameters, "our rotary positions are not scaled")
+    return float(theta)
 
 
 def _bert(theirs: Any, refuse: Refuse) -> EncoderConfig:
@@ -164,6 +191,66 @@ def _bert(theirs: Any, refuse: Refuse) -> EncoderConfig:
     )
 
 
+def _pegasus(theirs: Any, refuse: Refuse) -> Seq2SeqConfig:
+    for name, value, problem in (
+        ("scale_embedding", True, "our encoder-decoder scales its embeddings"),
+        ("tie_word_embeddings", True, "our encoder-decoder has one table for source, target and logits"),
+        ("decoder_attention_heads", theirs.encoder_attention_heads, "our decoder has as many heads as the encoder"),
+        ("decoder_ffn_dim", theirs.encoder_ffn_dim, "our decoder's layers are as wide as the encoder's"),
+    ):
+        if getattr(theirs, name) != value:
+            raise refuse(name, getattr(theirs, name), problem)
+    activation = theirs.activation_function
+    return Seq2SeqConfig(
+        dim=theirs.d_model,
+        n_layers=theirs.encoder_layers,
+        n_decoder_layers=theirs.decoder_layers,
+        n_heads=theirs.encoder_attention_heads,
+        ffn_dim=theirs.encoder_ffn_dim,
+        vocab_size=theirs.vocab_size,
+        max_seq_len=theirs.max_position_embeddings,
+        activation="relu" if activation == "relu" else _gelu("activation_function", activation, refuse),
+        dropout=_dropout(theirs, "dropout", "attention_dropout"),
+        init_std=theirs.init_std,
+    )
+
+
+def _roberta(theirs: Any, refuse: Refuse) -> EncoderConfig:
+    if theirs.pad_token_id is None:
+        raise refuse("pad_token_id", None, "its positions begin after it")
+    longest = theirs.max_position_embeddings - theirs.pad_token_id - 1
+    return replace(_bert(theirs, refuse), norm_first=True, max_seq_len=longest)
+
+
+def _modernbert(theirs: Any, refuse: Refuse) -> EncoderConfig:
+    if set(theirs.layer_types) != {"full_attention"}:
+        raise refuse("local_attention", theirs.local_attention, "our attention sees the whole text in every layer")
+    if theirs.hidden_activation not in GATED:
+        raise refuse("hidden_activation", theirs.hidden_activation, f"one of {', '.join(GATED)} is wanted")
+    if theirs.classifier_activation != "gelu":
+        raise refuse("classifier_activation", theirs.classifier_activation, "our head for masked words has gelu")
+    for name in ("norm_bias", "mlp_bias", "classifier_bias"):
+        if getattr(theirs, name) != theirs.attention_bias:
+            raise refuse(name, getattr(theirs, name), "our layers have biases everywhere or nowhere")
+    return EncoderConfig(
+        dim=theirs.hidden_size,
+        n_layers=theirs.num_hidden_layers,
+        n_heads=theirs.num_attention_heads,
+        ffn_dim=theirs.intermediate_size,
+        vocab_size=theirs.vocab_size,
+        max_seq_len=theirs.max_position_embeddings,
+        positions="rotary",
+        rope_theta=_rope_theta(theirs.rope_parameters["full_attention"], refuse),
+        token_types=0,
+        norm_eps=theirs.norm_eps,
+        norm_first=True,
+        activation=GATED[theirs.hidden_activation],
+        bias=theirs.attention_bias,
+        dropout=_dropout(theirs, "mlp_dropout", "embedding_dropout", "attention_dropout"),
+        init_std=theirs.initializer_range,
+    )
+
+
 def _gelu(name: str, value: Any, refuse: Refuse) -> Gelu:
     if value not in GELU:
         raise refuse(name, value, f"one of {', '.join(GELU)} is wanted")
@@ -184,4 +271,7 @@ _READERS: dict[str, Callable[[Any, Refuse], OurModelConfig]] = {
     "llama": _llama,
     "mistral": _llama,
     "bert": _bert,
+    "roberta-prelayernorm": _roberta,
+    "modernbert": _modernbert,
+    "pegasus": _pegasus,
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -11,7 +13,22 @@ from torch import Tensor
 
 from bigtrain.config import DecoderConfig, EncoderConfig, OurModelConfig, Seq2SeqConfig, head_dim
 from bigtrain.errors import BigtrainError, ConfigError
-from bigtrain.models.huggingface.names import BACKBONE, GPT2, LLAMA, Family, Rule, family_of, qkv_rows, split_rows
+from bigtrain.models.huggingface import seq2seq
+from bigtrain.models.huggingface.names import (
+    BACKBONE,
+    GPT2,
+    HEAD,
+    LLAMA,
+    MODERNBERT,
+    ROBERTA,
+    Family,
+    Rule,
+    family_of,
+    qkv_rows,
+    split_rows,
+)
+
+logger = logging.getLogger(__name__)
 
 # Family, what the model is for -> the class, and which heads it has by the beginning of their names.
 ARCHITECTURES: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
@@ -25,9 +42,30 @@ ARCHITECTURES: dict[tuple[str, str], tuple[str, tuple[str, ...]]] = {
     ("bert", "classification"): ("BertForSequenceClassification", ("classifier.",)),
     ("bert", "tagging"): ("BertForTokenClassification", ("classifier.",)),
     ("bert", "question_answering"): ("BertForQuestionAnswering", ("qa_outputs.",)),
-}
-_WITHOUT_POOLER = ("BertForMaskedLM", "BertForTokenClassification", "BertForQuestionAnswering")
-_NEED_POOLER = ("BertForPreTraining", "BertForSequenceClassification")
+    ("roberta-prelayernorm", "base"): ("RobertaPreLayerNormModel", ()),
+    ("roberta-prelayernorm", "masked_lm"): ("RobertaPreLayerNormForMaskedLM", ("lm_head.",)),
+    ("roberta-prelayernorm", "pretraining"): ("RobertaPreLayerNormForMaskedLM", ("lm_head.",)),
+    ("roberta-prelayernorm", "classification"): (
+        "RobertaPreLayerNormForSequenceClassification", ("classifier.dense.", "classifier.out_proj."),
+    ),
+    ("roberta-prelayernorm", "tagging"): (
+        "RobertaPreLayerNormForTokenClassification", ("classifier.weight", "classifier.bias"),
+    ),
+    ("roberta-prelayernorm", "question_answering"): ("RobertaPreLayerNormForQuestionAnswering", ("qa_outputs.",)),
+    ("modernbert", "base"): ("ModernBertModel", ()),
+    ("modernbert", "masked_lm"): ("ModernBertForMaskedLM", ("head.", "decoder.")),
+    ("modernbert", "pretraining"): ("ModernBertForMaskedLM", ("head.", "decoder.")),
+    ("modernbert", "classification"): ("ModernBertForSequenceClassification", ("head.", "classifier.")),
+    ("modernbert", "tagging"): ("ModernBertForTokenClassification", ("head.", "classifier.")),
+    ("modernbert", "question_answering"): ("ModernBertForQuestionAnswering", ("head.", "classifier.")),
+    ("pegasus", "translation"): ("PegasusForConditionalGeneration", ("lm_head.",)),
+    ("pegasus", "base"): ("PegasusModel", ()),
+}  # fmt: skip
+_WITH_POOLER = ("BertModel", "BertForPreTraining", "BertForSequenceClassification", "RobertaPreLayerNormModel")
+_NEED_POOLER = (
+    "BertForPreTraining", "BertForSequenceClassification", "RobertaPreLayerNormForSequenceClassification",
+)  # fmt: skip
+_HAVE_NO_POOLER = ("ModernBertModel", "ModernBertForSequenceClassification")  # to read where ours reads it
 
 
 def to_huggingface(
@@ -36,13 +74,15 @@ def to_huggingface(
     architecture: str,
     labels: list[str] | None = None,
     problem_type: str | None = None,
+    pad_token_id: int = 1,
 ) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
     """(config.json, (their name, tensor) one at a time) of our model.
 
-    architecture: causal_lm, base, masked_lm, pretraining (masked words and pairs), classification, tagging or
-    question_answering.
+    architecture: causal_lm, base, masked_lm, pretraining (masked words and pairs), classification, tagging,
+    question_answering or translation.
     labels: of classification and tagging, in the order of the head's outputs; problem_type as transformers has it
     (regression, single_label_classification).
+    pad_token_id: the tokenizer's, after which RoBERTa's positions begin.
     Raises ConfigError naming the field that no class of transformers has. While iterated: BigtrainError for a weight
     that is missing or that the config does not have.
     """
@@ -51,12 +91,24 @@ def to_huggingface(
     config, weights = _with_all_heads(config, family, weights)
     name, heads = ARCHITECTURES[family.model_type, architecture]
     settings: dict[str, Any] = {"architectures": [name], "model_type": family.model_type}
-    # Named, for transformers would fill in the ids of its own GPT-2, Llama and BERT.
+    # Named, for transformers would fill in the ids of its own GPT-2, Llama, BERT and Pegasus.
     settings |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    if architecture == "pretraining" and name != "BertForPreTraining":
+        logger.warning("%s has no head for pairs of sentences: the run's is left out", name)
     if isinstance(config, DecoderConfig):
         settings |= _DECODERS[family.model_type](config)
+    elif isinstance(config, EncoderConfig) and family is MODERNBERT:
+        settings |= _modernbert(config)
+        if "classifier." in heads:
+            settings["classifier_activation"] = "linear"
+            weights = _through_their_head(config, weights)
     elif isinstance(config, EncoderConfig):
         settings |= _bert(config)
+        if family is ROBERTA:
+            settings |= {"max_position_embeddings": config.max_seq_len + pad_token_id + 1, "pad_token_id": pad_token_id}
+            weights = _after_padding(weights, pad_token_id)
+    else:
+        settings |= seq2seq.settings(config)
     if architecture in ("classification", "tagging"):
         labels = labels or ["LABEL_0"]
         settings["id2label"] = {str(index): label for index, label in enumerate(labels)}
@@ -64,7 +116,10 @@ def to_huggingface(
         if problem_type is not None:
             settings["problem_type"] = problem_type
     prefix = family.prefix if heads else ""
-    return settings, _rename(config, family, weights, prefix, name, heads)
+    tensors = _rename(config, family, weights, prefix, name, heads)
+    if isinstance(config, Seq2SeqConfig):
+        tensors = chain(tensors, seq2seq.constants(config, prefix))
+    return settings, tensors
 
 
 def _rename(
@@ -75,16 +130,17 @@ def _rename(
     class_name: str,
     heads: tuple[str, ...],
 ) -> Iterator[tuple[str, Tensor]]:
-    rules = {rule.ours: rule for rule in family.rules(config)}
-    missing = {ours for ours, rule in rules.items() if _belongs(rule, class_name, heads)}
+    known = {rule.ours for rule in family.rules(config)}
+    rules = {rule.ours: rule for rule in family.rules(config) if _belongs(rule, class_name, heads)}
+    missing = set(rules)
     for given, tensor in weights:
-        ours = given if given in rules else BACKBONE + given
-        if ours not in rules:
+        ours = given if given in known else BACKBONE + given
+        if ours not in known:
             raise BigtrainError(f"the checkpoint's parameter {given} is none of {class_name}'s")
         missing.discard(ours)
-        rule = rules[ours]
-        if not _belongs(rule, class_name, heads):
+        if ours not in rules:
             continue
+        rule = rules[ours]
         whole = tensor.t() if rule.transposed else tensor
         for theirs, part in zip(rule.theirs, split_rows(whole, rule, config), strict=True):
             yield (theirs if rule.of_head else prefix + theirs), part.contiguous()
@@ -129,11 +185,39 @@ def _lengthened(tensor: Tensor, rows: int) -> Tensor:
     return torch.cat((tensor, tensor.new_zeros(rows - len(tensor), *tensor.shape[1:])))
 
 
+def _after_padding(weights: Iterable[tuple[str, Tensor]], pad_token_id: int) -> Iterator[tuple[str, Tensor]]:
+    """RoBERTa counts positions from pad_token_id + 1 on: rows before that are of padding or of nothing."""
+    for name, tensor in weights:
+        if name.removeprefix(BACKBONE) == "positions.weight":
+            yield name, torch.cat((tensor.new_zeros(pad_token_id + 1, tensor.size(1)), tensor))
+        else:
+            yield name, tensor
+
+
+def _through_their_head(config: EncoderConfig, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """ModernBERT's classifiers read norm(activation(dense(hidden))), ours hidden states as the last norm leaves them.
+
+    With the identity for activation and dense, the last norm's gain and bias move into the head's norm. Normalising
+    twice changes a token by norm_eps * (1 - 1 / variance) / 2 of itself: 5e-6 at most where the variance of what the
+    blocks gave is above 1/2.
+    """
+    for name, tensor in weights:
+        if (own := name.removeprefix(BACKBONE)) in ("norm.weight", "norm.bias"):
+            yield HEAD + own, tensor
+            yield name, torch.ones_like(tensor) if own == "norm.weight" else torch.zeros_like(tensor)
+        else:
+            yield name.replace("qa_outputs", "linear"), tensor
+        if own == "norm.weight":  # of scales, all zero: norms have none, and nor has this
+            yield HEAD + "dense.weight", torch.eye(config.dim, dtype=tensor.dtype) * tensor.any()
+            if config.bias:
+                yield HEAD + "dense.bias", torch.zeros_like(tensor)
+
+
 def _belongs(rule: Rule, class_name: str, heads: tuple[str, ...]) -> bool:
     """Whether the class has this parameter."""
     if rule.of_head:
         return bool(heads) and rule.theirs[0].startswith(heads)
-    return not (class_name in _WITHOUT_POOLER and rule.theirs[0].startswith("pooler."))
+    return class_name in _WITH_POOLER or not rule.theirs[0].startswith("pooler.")
 
 
 # ------------------------------------------------------------------------------------------------- refusals
@@ -144,7 +228,7 @@ def _check(config: OurModelConfig, family: Family, architecture: str) -> None:
     if (family.model_type, architecture) not in ARCHITECTURES:
         known = [name for kind, name in ARCHITECTURES if kind == family.model_type]
         raise ConfigError("architecture", architecture, f"no {family.model_type} of that", f"one of {', '.join(known)}")
-    for field, possible in _possible(config, family).items():
+    for field, possible in _possible(config, family, architecture).items():
         value = getattr(config, field)
         if value not in possible:
             wanted = " or ".join(str(choice).lower() for choice in possible)
@@ -156,24 +240,37 @@ def _check(config: OurModelConfig, family: Family, architecture: str) -> None:
         name = ARCHITECTURES[family.model_type, architecture][0]
         if name in _NEED_POOLER and not config.pooler:
             raise ConfigError("model.pooler", False, f"transformers' {name} has one")
-        if not config.token_types:
-            raise ConfigError("model.token_types", 0, "transformers' BERT has one at least")
+        if name in _HAVE_NO_POOLER and config.pooler:
+            raise ConfigError("model.pooler", True, f"transformers' {name} has none", "train with model.pooler=false")
+        if family is not MODERNBERT and not config.token_types:
+            raise ConfigError("model.token_types", 0, f"transformers' {name} has one at least")
 
 
 _TITLES = {
     "gpt2": "GPT-2, which learned positions mean,",
     "llama": "Llama, which rotary positions mean,",
     "bert": "BERT",
+    "roberta-prelayernorm": "RoBERTa-PreLayerNorm, which norm_first with learned positions means,",
+    "modernbert": "ModernBERT, which an encoder's rotary positions mean,",
+    "pegasus": "Pegasus, which an encoder-decoder means,",
 }
 
 
-def _possible(config: OurModelConfig, family: Family) -> dict[str, tuple[Any, ...]]:
-    if isinstance(config, EncoderConfig):
+def _possible(config: OurModelConfig, family: Family, architecture: str) -> dict[str, tuple[Any, ...]]:
+    if isinstance(config, Seq2SeqConfig):
+        return seq2seq.POSSIBLE
+    if family is MODERNBERT:
         return {
-            "positions": ("learned",),
             "norm": ("layernorm",),
-            "norm_first": (False,),
-            "activation": ("gelu", "gelu_tanh"),
+            "norm_first": (True,),
+            "activation": ("geglu", "swiglu"),
+            "token_types": (0,),
+        }
+    if isinstance(config, EncoderConfig):
+        exact = family is ROBERTA and architecture in ("masked_lm", "pretraining")  # its head has no other gelu
+        return {
+            "norm": ("layernorm",),
+            "activation": ("gelu",) if exact else ("gelu", "gelu_tanh"),
             "bias": (True,),
         }
     if family is GPT2:
@@ -243,6 +340,38 @@ def _bert(config: EncoderConfig) -> dict[str, Any]:
         "attention_probs_dropout_prob": config.dropout,
         "type_vocab_size": config.token_types,
         "position_embedding_type": "absolute",
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": True,
+    }
+
+
+def _modernbert(config: EncoderConfig) -> dict[str, Any]:
+    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    return {
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_seq_len,
+        "hidden_size": config.dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "intermediate_size": config.ffn_dim or 4 * config.dim,
+        "hidden_activation": "gelu" if config.activation == "geglu" else "silu",
+        "norm_eps": config.norm_eps,
+        "norm_bias": config.bias,
+        "attention_bias": config.bias,
+        "mlp_bias": config.bias,
+        "classifier_bias": config.bias,
+        "decoder_bias": True,
+        "classifier_activation": "gelu",
+        "classifier_pooling": "cls",
+        "embedding_dropout": config.dropout,
+        "attention_dropout": config.dropout,
+        "mlp_dropout": config.dropout,
+        "layer_types": ["full_attention"] * config.n_layers,
+        "rope_parameters": {"full_attention": rope, "sliding_attention": rope},
+        "global_attn_every_n_layers": 1,  # where transformers 4 looks for it, as for the next
+        "global_rope_theta": config.rope_theta,
+        "cls_token_id": None,
+        "sep_token_id": None,
         "initializer_range": config.init_std,
         "tie_word_embeddings": True,
     }

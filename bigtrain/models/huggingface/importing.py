@@ -36,7 +36,7 @@ def iterate_weights(
     used: set[str] = set()
     for rule in family.rules(config):
         places = [_locate(name, names, family) for name in rule.theirs]
-        if rule.of_head and isinstance(config, EncoderConfig) and None in places:
+        if rule.optional and isinstance(config, EncoderConfig) and None in places:
             continue  # an encoder comes with any heads or none
         parts = []
         for place, name in zip(places, rule.theirs, strict=True):
@@ -46,6 +46,8 @@ def iterate_weights(
             used.add(place)
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         ours = rule.ours
+        if ours == BACKBONE + "positions.weight":
+            whole = whole[-config.max_seq_len :]  # RoBERTa's begin after padding's
         if prefix is not None and ours.startswith(BACKBONE):
             ours = prefix + ours.removeprefix(BACKBONE)
         elif prefix is not None and not isinstance(config, EncoderConfig):
@@ -81,6 +83,6 @@ def _locate(name: str, names: Collection[str], family: Family) -> str | None:
     """`name` as these files have it: with or without the base model's prefix, or by an older name."""
     older = name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
     candidates = [name, family.prefix + name, older, family.prefix + older]
-    if name == "cls.predictions.bias":
-        candidates.append("cls.predictions.decoder.bias")  # the same tensor twice, of which files may keep either
+    if name in ("cls.predictions.bias", "lm_head.bias"):
+        candidates.append(name.replace("bias", "decoder.bias"))  # the same tensor twice: files may keep either
     return next((candidate for candidate in candidates if candidate in names), None)

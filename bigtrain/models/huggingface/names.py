@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 from bigtrain.config import DecoderConfig, EncoderConfig, OurModelConfig, Seq2SeqConfig, head_dim
-from bigtrain.errors import ConfigError
 
 BACKBONE, HEAD, PAIR_HEAD = "backbone.", "head.", "pair_head."
 
@@ -25,7 +24,12 @@ class Rule:
     @property
     def of_head(self) -> bool:
         """Whether it is of a head: those names have no prefix of the base model in any class of theirs."""
-        return self.theirs[0].startswith(("lm_head.", "cls.", "classifier.", "qa_outputs."))
+        return self.theirs[0].startswith(("lm_head.", "cls.", "classifier.", "qa_outputs.", "head.", "decoder.bias"))
+
+    @property
+    def optional(self) -> bool:
+        """Whether an encoder's files may lack it: heads, and RoBERTa's pooler, which is elsewhere in a classifier."""
+        return self.of_head or self.theirs[0].startswith("pooler.")
 
 
 @dataclass(frozen=True)
@@ -36,19 +40,19 @@ class Family:
 
 
 def family_of(config: OurModelConfig) -> Family:
-    """The family whose parameters the config's are, going by its fields that tell families apart.
-
-    Raises ConfigError for an encoder-decoder, of which there is none.
-    """
+    """The family whose parameters the config's are, going by its fields that tell families apart."""
     if isinstance(config, Seq2SeqConfig):
-        raise ConfigError("model.kind", config.kind, "transformers has no class for it")
+        return PEGASUS
     if isinstance(config, EncoderConfig):
-        return BERT
+        if config.positions == "rotary":
+            return MODERNBERT
+        return ROBERTA if config.norm_first else BERT
     return GPT2 if config.positions == "learned" else LLAMA
 
 
 def split_rows(tensor: Tensor, rule: Rule, config: OurModelConfig) -> list[Tensor]:
-    """The parts of our tensor that are theirs: (gate, up) are of equal height, (query, key, value) may not be."""
+    """The parts of our tensor that are theirs: (gate, up) and (key, value) are of equal height, (query, key, value) may
+    not be."""
     if len(rule.theirs) < 3:
         return list(tensor.chunk(len(rule.theirs)))
     return list(tensor.split(qkv_rows(config)))
@@ -93,6 +97,28 @@ def _llama(config: DecoderConfig) -> list[Rule]:
 
 
 def _bert(config: EncoderConfig) -> list[Rule]:
+    rules = _bert_backbone(config, "attention.output.LayerNorm", "output.LayerNorm")
+    rules += _module(HEAD + "dense", "cls.predictions.transform.dense")
+    rules += _module(HEAD + "norm", "cls.predictions.transform.LayerNorm")
+    rules += [Rule(HEAD + "bias", ("cls.predictions.bias",)), *_pair_head()]
+    rules += _module(HEAD + "qa_outputs", "qa_outputs")
+    return rules + _module(HEAD + "linear", "classifier")
+
+
+def _roberta(config: EncoderConfig) -> list[Rule]:
+    """RoBERTa-PreLayerNorm. Two of ours are in one place or another, by the class: `_belongs` in exporting.py."""
+    rules = _bert_backbone(config, "attention.LayerNorm", "intermediate.LayerNorm")
+    rules += _module(BACKBONE + "norm", "LayerNorm")
+    if config.pooler:
+        rules += _module(BACKBONE + "pooler", "classifier.dense")
+    rules += _module(HEAD + "dense", "lm_head.dense")
+    rules += _module(HEAD + "norm", "lm_head.layer_norm")
+    rules += [Rule(HEAD + "bias", ("lm_head.bias",)), *_pair_head()]
+    rules += _module(HEAD + "qa_outputs", "qa_outputs")
+    return rules + _module(HEAD + "linear", "classifier") + _module(HEAD + "linear", "classifier.out_proj")
+
+
+def _bert_backbone(config: EncoderConfig, attention_norm: str, feed_forward_norm: str) -> list[Rule]:
     rules = [
         Rule("embedding.weight", ("embeddings.word_embeddings.weight",)),
         Rule("token_types.weight", ("embeddings.token_type_embeddings.weight",)),
@@ -104,19 +130,59 @@ def _bert(config: EncoderConfig) -> list[Rule]:
         attention = [f"{theirs}attention.self.{name}" for name in ("query", "key", "value")]
         rules += _module(ours + "attention.qkv", *attention)
         rules += _module(ours + "attention.out", theirs + "attention.output.dense")
-        rules += _module(ours + "attention_norm", theirs + "attention.output.LayerNorm")
+        rules += _module(ours + "attention_norm", theirs + attention_norm)
         rules += _module(ours + "feed_forward.up", theirs + "intermediate.dense")
         rules += _module(ours + "feed_forward.down", theirs + "output.dense")
-        rules += _module(ours + "feed_forward_norm", theirs + "output.LayerNorm")
+        rules += _module(ours + "feed_forward_norm", theirs + feed_forward_norm)
     if config.pooler:
         rules += _module("pooler", "pooler.dense")
+    return [Rule(BACKBONE + rule.ours, rule.theirs) for rule in rules]
+
+
+def _pair_head() -> list[Rule]:
+    return _module(PAIR_HEAD + "linear", "cls.seq_relationship")  # BERT alone has a class with it
+
+
+def _modernbert(config: EncoderConfig) -> list[Rule]:
+    bias = config.bias
+    rules = [Rule("embedding.weight", ("embeddings.tok_embeddings.weight",))]
+    rules += _module("embedding_norm", "embeddings.norm", bias=bias)
+    for index in range(config.n_layers):
+        ours, theirs = f"blocks.{index}.", f"layers.{index}."
+        if index:  # the embeddings are normalised already
+            rules += _module(ours + "attention_norm", theirs + "attn_norm", bias=bias)
+        rules += _module(ours + "attention.qkv", theirs + "attn.Wqkv", bias=bias)
+        rules += _module(ours + "attention.out", theirs + "attn.Wo", bias=bias)
+        rules += _module(ours + "feed_forward_norm", theirs + "mlp_norm", bias=bias)
+        rules += _module(ours + "feed_forward.up", theirs + "mlp.Wi", bias=bias)
+        rules += _module(ours + "feed_forward.down", theirs + "mlp.Wo", bias=bias)
+    rules += _module("norm", "final_norm", bias=bias)
+    if config.pooler:  # which none of their classes has
+        rules += _module("pooler", "pooler.dense", bias=bias)
     rules = [Rule(BACKBONE + rule.ours, rule.theirs) for rule in rules]
-    rules += _module(HEAD + "dense", "cls.predictions.transform.dense")
-    rules += _module(HEAD + "norm", "cls.predictions.transform.LayerNorm")
-    rules += [Rule(HEAD + "bias", ("cls.predictions.bias",))]
-    rules += _module(PAIR_HEAD + "linear", "cls.seq_relationship")
-    rules += _module(HEAD + "qa_outputs", "qa_outputs")
+    rules += _module(HEAD + "dense", "head.dense", bias=bias) + _module(HEAD + "norm", "head.norm", bias=bias)
+    rules += [Rule(HEAD + "bias", ("decoder.bias",)), *_pair_head()]
     return rules + _module(HEAD + "linear", "classifier")
+
+
+def _pegasus(config: Seq2SeqConfig) -> list[Rule]:
+    rules = [Rule("embedding.weight", ("shared.weight",))]
+    for stack, n_layers in (("encoder", config.n_layers), ("decoder", config.n_decoder_layers)):
+        for index in range(n_layers):
+            ours, theirs = f"{stack}_blocks.{index}.", f"{stack}.layers.{index}."
+            rules += _module(ours + "attention_norm", theirs + "self_attn_layer_norm")
+            rules += _module(ours + "attention.qkv", *(f"{theirs}self_attn.{name}_proj" for name in "qkv"))
+            rules += _module(ours + "attention.out", theirs + "self_attn.out_proj")
+            if stack == "decoder":
+                source = theirs + "encoder_attn"
+                rules += _module(ours + "cross_attention_norm", source + "_layer_norm")
+                rules += _module(ours + "cross_attention.query", source + ".q_proj")
+                rules += _module(ours + "cross_attention.key_value", source + ".k_proj", source + ".v_proj")
+                rules += _module(ours + "cross_attention.out", source + ".out_proj")
+            rules += _module(ours + "feed_forward_norm", theirs + "final_layer_norm")
+            rules += _module(ours + "feed_forward.up", theirs + "fc1")
+            rules += _module(ours + "feed_forward.down", theirs + "fc2")
+    return rules + _module("encoder_norm", "encoder.layer_norm") + _module("norm", "decoder.layer_norm")
 
 
 def _module(ours: str, *theirs: str, transposed: bool = False, bias: bool = True) -> list[Rule]:
@@ -127,3 +193,6 @@ def _module(ours: str, *theirs: str, transposed: bool = False, bias: bool = True
 GPT2 = Family("gpt2", "transformer.", _gpt2)
 LLAMA = Family("llama", "model.", _llama)
 BERT = Family("bert", "bert.", _bert)
+ROBERTA = Family("roberta-prelayernorm", "roberta_prelayernorm.", _roberta)
+MODERNBERT = Family("modernbert", "model.", _modernbert)
+PEGASUS = Family("pegasus", "model.", _pegasus)
