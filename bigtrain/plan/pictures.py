@@ -395,6 +395,7 @@ def _recommended(found: Recommendation) -> str:
         ("What binds", found.binds),
         ("Next", found.next_change),
         ("Override", found.best.line),
+        ("Also", found.best.to_add),
     ]
     cells = "".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(text)}</td></tr>' for name, text in rows if text

@@ -337,7 +337,7 @@ def _inference(plan: Plan, config: Config, cluster: Cluster, sizes: Sizes) -> No
         "devices": ("", "(weights + cache) / memory of a device, rounded up"),
         "weights_gib": ("GiB", "2 P"),
         "kv_cache_gib": ("GiB", "2 x 2 bytes x layers x kv_heads x head_dim x max_seq_len"),
-        "prefill_seconds": ("s", "max(2 P T / (peak x efficiency), weights / bandwidth)"),
+        "prefill_seconds": ("s", "max(2 P T / (peak x efficiency), weights / bandwidth), and all-reduces"),
         "decode_seconds": ("s", "max((weights + cache) / bandwidth, 2 P / (peak x efficiency)), and all-reduces"),
         "tokens_per_second": ("tokens/s", "1 / decode_seconds"),
     }
