@@ -75,7 +75,7 @@ def decoder_run(run: Path, model: DecoderConfig) -> tuple[Path, models.Decoder]:
 
 
 class WithHeads(nn.Module):
-    def __init__(self, head: str, config: EncoderConfig) -> None:
+    def __init__(self, head: str, config: EncoderConfig = BERT) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.backbone = models.build(config)

@@ -214,6 +214,7 @@ def test_a_published_encoder_is_tuned_to_texts(tmp_path: Path, data_cache: Path)
     assert done["eval/accuracy"] > done["eval/majority"] + 0.3
 
 
+@pytest.mark.soak  # half a minute more, of what the one before and the tagging recipe show
 def test_a_published_encoder_is_tuned_to_tags(tmp_path: Path, data_cache: Path) -> None:
     """600 lines of source, with the role of each name."""
     for held_out, records in embedded("tagging", tmp_path).items():
