@@ -177,6 +177,7 @@ def test_masked_words_are_restored_and_the_encoder_passed_on(tmp_path: Path, dat
     assert result(tmp_path / "tuned")["data/examples"]["train"] > 1000
 
 
+@pytest.mark.soak  # two thirds of a minute
 def test_next_segments_are_told_from_others(tmp_path: Path, data_cache: Path) -> None:
     settings = ["model.dim=64", "data.tokenizer.vocab_size=512", "train.global_batch=64", "train.steps=500"]
     settings += ["schedule.warmup_steps=50", "optimizer.lr=5e-3", "train.eval_every=0", f"data.cache_dir={data_cache}"]
@@ -259,7 +260,7 @@ def test_other_engines_train_the_same_tasks(engine: str, task: str, tmp_path: Pa
         assert torch.equal(weight, before[name]) == (name in frozen), name
 
 
-@pytest.mark.parametrize("engine", ["zero2", "zero3"])
+@pytest.mark.parametrize("engine", [pytest.param("zero2", marks=pytest.mark.soak), "zero3"])
 def test_a_model_is_adapted_by_changes_of_low_rank(
     engine: str, classifier: Path, tmp_path: Path, data_cache: Path
 ) -> None:

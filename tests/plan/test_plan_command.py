@@ -14,7 +14,7 @@ import pytest
 
 from bigtrain import cli
 from bigtrain.config import from_dict
-from bigtrain.plan import sizes
+from bigtrain.plan import sizes, table
 from tests.models.test_presets import PUBLISHED
 
 
@@ -132,18 +132,25 @@ def test_the_price_says_where_it_is_from(capsys: pytest.CaptureFixture[str], tmp
 
 
 def memory_width(found: dict[str, Any]) -> float:
-    low, high = found["intervals"]["memory.peak"]
-    assert low < found["memory"]["peak"] < high
-    return float(high / found["memory"]["peak"] - 1)
+    """Without what libraries widen it by on a CPU."""
+    (low, high), peak = found["intervals"]["memory.peak"], found["memory"]["peak"]
+    assert low < peak < high
+    libraries = [note for note in found["warnings"] if "libraries" in note]
+    return float(high / peak - 1 - bool(libraries) * 0.75 * 0.6 / peak)
 
 
 def test_the_peak_has_an_interval_and_the_table_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
     on_cpu = plan(capsys, "model=gpt_mini", "cluster=laptop")
-    assert memory_width(on_cpu) == pytest.approx(0.03)  # what benchmarks/plan_accuracy.py stays below
+    tensors = 0.03  # what benchmarks/plan_accuracy.py stays below
+    assert memory_width(on_cpu) == pytest.approx(tensors)
+    assert any("libraries" in note for note in on_cpu["warnings"])
+    large = plan(capsys, "model=llama_7b", "cluster=laptop")
+    assert memory_width(large) == pytest.approx(tensors)
+    assert not any("libraries" in note for note in large["warnings"])
     assert memory_width(plan(capsys, "model=gpt_mini", "cluster=h100")) > 0.1
     assert cli._run(["plan", "model=gpt_mini", "cluster=laptop"]) == 0
     low, high = on_cpu["intervals"]["memory.peak"]
-    assert f"{low * 1024:,.1f} MiB to {high * 1024:,.1f} MiB" in capsys.readouterr().out
+    assert f"{table.size(low)} to {table.size(high)}" in capsys.readouterr().out
 
 
 SST2 = ["model=bert_tiny", "task=classification"]
@@ -162,7 +169,7 @@ def test_memory_outside_of_what_was_validated(
     said: str, overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = plan(capsys, "model=gpt_mini", "cluster=laptop", *overrides)
-    (note,) = (line for line in found["warnings"] if line.startswith("memory: "))
+    (note,) = (line for line in found["warnings"] if line.startswith("memory: ") and "libraries" not in line)
     assert said in note
     assert note.endswith(f"interval +{memory_width(found) - 0.03:.0%}")
 
