@@ -337,7 +337,7 @@ def report(runs: tuple[Path, ...], out: Path | None, ladder: bool) -> None:
 
 @command.command()
 @click.argument("run", type=RUN)
-@click.option("--data", multiple=True, help="Labelled file to measure on; may repeat. Default: RUN's held-out data.")
+@click.option("--data", multiple=True, help="File to measure on, which may repeat. Default: RUN's held-out data.")
 @click.option("--column", "columns", multiple=True, metavar="NAME=COLUMN", help="Which column holds text, label ...")
 @click.option("--batch", default=32, show_default=True, type=click.IntRange(min=1), help="Examples at a time.")
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))

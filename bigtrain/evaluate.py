@@ -18,10 +18,11 @@ from bigtrain import config as configuration
 from bigtrain import confusion, tasks
 from bigtrain.checkpoint import inference, newest
 from bigtrain.compress.quantize import as_trained
-from bigtrain.config import LABELLED_TASKS, Config, LabelledDataConfig
+from bigtrain.config import LABELLED_TASKS, Config, LabelledDataConfig, TextDataConfig, TokenizerConfig
 from bigtrain.confusion import CONFUSION, EVALUATION, METRICS
 from bigtrain.data.encode_examples import record_kind
 from bigtrain.data.example_loader import Share
+from bigtrain.data.prepare import prepare_held_out
 from bigtrain.data.prepare_examples import write_examples
 from bigtrain.data.records import open_held_out
 from bigtrain.data.tokenizer import find_tokenizer
@@ -48,11 +49,11 @@ def run(
 ) -> tuple[dict[str, Any], Path]:
     """Metrics of the newest checkpoint of `run`, and the directory with metrics.json and predictions.jsonl.
 
-    `data` names labelled files of the run's task, or a hub dataset, whose held-out split is read; empty: the held-out
-    part of what the run was trained on. Their columns are those of the run's own files, but for what `columns` names.
-    Metrics of tasks on examples have a bootstrap confidence interval (Efron 1979), `<name>_low` and `<name>_high`; a
-    classifier or tagger also has a table by label, and confusion.png. `bigtrain report` shows what lies in
-    RUN/evaluation.
+    `data` names labelled files of the run's task, text for one that learns from text, or a hub dataset, whose held-out
+    split is read; empty: the held-out part of what the run was trained on. Columns are those of the run's own files,
+    but for what `columns` names. Metrics of tasks on examples have a bootstrap confidence interval (Efron 1979),
+    `<name>_low` and `<name>_high`; a classifier or tagger also has a table by label, and confusion.png.
+    `bigtrain report` shows what lies in RUN/evaluation.
     device and max_memory: as `inference.load` has them.
     Raises ConfigError for what is no run, has no checkpoint, or data that do not fit the run's task or labels.
     """
@@ -88,7 +89,9 @@ def _data(run: Path, config: Config, data: list[str], columns: dict[str, str | i
         yield config
         return
     if not isinstance(config.task, LABELLED_TASKS):
-        raise ConfigError("--data", data[0], f"RUN's task is {config.task.kind}, which has no labelled data to read")
+        with tempfile.TemporaryDirectory(prefix="bigtrain-") as directory:
+            yield _text(run, config, data, Path(directory))
+        return
     labels = labels_of(run, config) or []
     trained = config.data if isinstance(config.data, LabelledDataConfig) else LabelledDataConfig()
     described = LabelledDataConfig(
@@ -100,6 +103,14 @@ def _data(run: Path, config: Config, data: list[str], columns: dict[str, str | i
         tokenizer = find_tokenizer(str(run / "tokenizer"), "RUN")
         write_examples(Path(directory), used, tokenizer, labels, records)
         yield used
+
+
+def _text(run: Path, config: Config, data: list[str], directory: Path) -> Config:
+    trained = config.data if isinstance(config.data, TextDataConfig) else TextDataConfig()
+    tokenizer = TokenizerConfig(path=str(run / "tokenizer"))
+    text = replace(trained, path=data, held_out_path=None, tokenizer=tokenizer, prepared_dir=None)
+    prepared = prepare_held_out(replace(config, data=text), directory, "--data")
+    return replace(config, data=replace(text, prepared_dir=str(prepared.directory)))
 
 
 @torch.inference_mode()

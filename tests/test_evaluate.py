@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,12 @@ from bigtrain.config import (
     InstructionConfig,
     LabelledDataConfig,
     TaggingConfig,
+    TextDataConfig,
+    TokenizerConfig,
+    dump,
 )
 from bigtrain.data import hub
+from bigtrain.data.prepare import prepare
 from bigtrain.errors import ConfigError
 from tests.test_export import BERT, GPT, WithHeads, make_run
 
@@ -108,3 +113,32 @@ def test_the_loss_of_responses_has_an_interval(tmp_path: Path) -> None:
     for name in ("eval/loss", "eval/perplexity"):
         assert metrics[f"{name}_low"] < metrics[name] < metrics[f"{name}_high"]
     assert f"[{metrics['eval/loss_low']:.4f}, " in evaluate.table(metrics)
+
+
+def test_a_language_model_is_measured_on_text_of_the_users(tmp_path: Path) -> None:
+    """The same loss as on the same text held out while training."""
+    run = make_run(tmp_path / "run", Config(model=GPT), models.build(GPT))
+    (tmp_path / "a.txt").write_text("def main():\n    return 0\n" * 40)
+    (tmp_path / "b.txt").write_text("import os\n\nclass A:\n    pass\n" * 40)
+    data = TextDataConfig(
+        path=str(tmp_path / "a.txt"), held_out_path=str(tmp_path / "b.txt"), cache_dir=str(tmp_path / "cache"),
+        tokenizer=TokenizerConfig(path=str(run / "tokenizer")),
+    )  # fmt: skip
+    prepared = prepare(Config(model=GPT, data=data))
+    trained = Config(model=GPT, data=dataclasses.replace(data, prepared_dir=str(prepared.directory)))
+    (run / "config.yaml").write_text(dump(trained))
+    known, _ = evaluate.run(run, data=[], columns={})
+    asked, _ = evaluate.run(run, data=[str(tmp_path / "b.txt")], columns={})
+    for name in ("eval/loss", "eval/perplexity", "eval/bits_per_byte"):
+        assert asked[name] == pytest.approx(known[name]), name
+    other, _ = evaluate.run(run, data=[str(tmp_path / "a.txt")], columns={})
+    assert other["eval/loss"] != asked["eval/loss"]
+    (tmp_path / "short.txt").write_text("def")
+    (tmp_path / "empty.txt").write_text(" \n")
+    for name, said in (
+        ("short.txt", "shorter than one sequence"),
+        ("empty.txt", "give more text"),
+        ("none", "no such file"),
+    ):
+        with pytest.raises(ConfigError, match=f"{name}.*{said}"):
+            evaluate.run(run, data=[str(tmp_path / name)], columns={})

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from bigtrain.config import Config, DataConfig, EncoderConfig
-from bigtrain.data.corpus import Corpus, Piece, open_corpus
+from bigtrain.config import Config, DataConfig, EncoderConfig, TextDataConfig
+from bigtrain.data.corpus import Corpus, Piece, find, hashed, open_corpus, shown
 from bigtrain.data.encode import Encoded, EncoderPool, WorkerDied
 from bigtrain.data.locks import locked, writing
 from bigtrain.data.shards import FORMAT, META, SPLITS, Prepared, load_prepared, shard_path, token_dtype
@@ -70,6 +70,29 @@ def prepare(config: Config, progress: bool = False) -> Prepared:
     prepared = load_prepared(directory)
     check_vocabulary(config, prepared.vocab_size)
     _check_length(config, prepared)
+    return prepared
+
+
+def prepare_held_out(config: Config, directory: Path, key: str) -> Prepared:
+    """Token shards in `directory` of all the text that `config.data` names, none of it to train on; of a hub dataset
+    the split that it keeps for that. `key` is the option that named it.
+
+    Raises ConfigError as `prepare` does.
+    """
+    data = config.data
+    assert isinstance(data, TextDataConfig)
+    assert data.tokenizer.path is not None
+    files, skipped = find(data, key, data.path or [])
+    if not files:
+        raise ConfigError(key, shown(data.path), "holds no text file")
+    corpus = Corpus([], 0.0, hashed(files, directory), data.text_field, hub_config=data.name, skipped=skipped)
+    for_encoder = isinstance(config.model, EncoderConfig)
+    _build(directory / "text", corpus, data, load_tokenizer(data.tokenizer.path, "RUN"), for_encoder, progress=False)
+    prepared = load_prepared(directory / "text")
+    tokens, length = prepared.tokens["held_out"], config.model.max_seq_len
+    if tokens < length + 1:
+        problem = f"has {tokens} tokens, shorter than one sequence of {length} and the token after it"
+        raise ConfigError(key, shown(data.path), problem, "give more text")
     return prepared
 
 
