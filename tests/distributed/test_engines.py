@@ -125,7 +125,10 @@ NOT_OFFERED = {  # what config.check refuses
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+# Of the others CI moves checkpoints between engines (tests/checkpoint/test_reshard.py), which trains them too.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.soak] * (name in ("muon", "adamw8bit"))) for name in OPTIMIZERS]
+)
 def test_every_optimizer_learns(name: str) -> None:
     choices = {key: choice for key, choice in ENGINES.items() if key not in NOT_OFFERED[name]}
     found = curves(2, "fp32", choices, optimizer=OPTIMIZERS[name])

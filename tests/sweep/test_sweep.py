@@ -82,7 +82,7 @@ def test_slurm_is_passed_through(capsys: pytest.CaptureFixture[str]) -> None:
     assert (launcher["partition"], launcher["gpus_per_node"]) == ("gpu", 8)
 
 
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+@pytest.mark.parametrize("launcher", ["joblib", pytest.param("submitit_local", marks=pytest.mark.soak)])
 def test_trials_in_a_launchers_own_processes_report_back(tmp_path: Path, data_cache: Path, launcher: str) -> None:
     """The table, the failure and the exit status come from records: the parent has seen none of the trials."""
     more = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
