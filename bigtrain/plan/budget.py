@@ -84,9 +84,8 @@ def largest_model(config: Config, cluster: Cluster) -> Candidate:
         shaped = _with_heads(config, heads)
         sizes = parameter_sizes.of_run(shaped)
         ways = list(ways_to_run(shaped, cluster, ranks))
-        stage = max(
-            (getattr(way.engine, "stage", 0) for way in ways), default=0
-        )  # the highest that the optimizer takes
+        # Of the stages that the optimizer takes the highest needs least.
+        stage = max((getattr(way.engine, "stage", 0) for way in ways), default=0)
         for way in ways:
             saves = way.train.activation_checkpointing and way.train.micro_batch == 1
             if saves and getattr(way.engine, "stage", 0) == stage:

@@ -304,16 +304,23 @@ def _gpt2(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def _llama(config: DecoderConfig) -> dict[str, Any]:
+def _shape(config: DecoderConfig | EncoderConfig) -> dict[str, Any]:
+    """What Llama, BERT and ModernBERT have by the same names."""
     return {
         "vocab_size": config.vocab_size,
         "max_position_embeddings": config.max_seq_len,
         "hidden_size": config.dim,
         "num_hidden_layers": config.n_layers,
         "num_attention_heads": config.n_heads,
+        "intermediate_size": config.ffn_dim or 4 * config.dim,
+    }
+
+
+def _llama(config: DecoderConfig) -> dict[str, Any]:
+    return {
+        **_shape(config),
         "num_key_value_heads": config.n_kv_heads or config.n_heads,
         "head_dim": head_dim(config),
-        "intermediate_size": config.ffn_dim or 4 * config.dim,
         "hidden_act": "silu",
         "rms_norm_eps": config.norm_eps,
         "attention_bias": config.bias,
@@ -328,12 +335,7 @@ def _llama(config: DecoderConfig) -> dict[str, Any]:
 
 def _bert(config: EncoderConfig) -> dict[str, Any]:
     return {
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_seq_len,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "intermediate_size": config.ffn_dim or 4 * config.dim,
+        **_shape(config),
         "hidden_act": "gelu_new" if config.activation == "gelu_tanh" else "gelu",
         "layer_norm_eps": config.norm_eps,
         "hidden_dropout_prob": config.dropout,
@@ -348,12 +350,7 @@ def _bert(config: EncoderConfig) -> dict[str, Any]:
 def _modernbert(config: EncoderConfig) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     return {
-        "vocab_size": config.vocab_size,
-        "max_position_embeddings": config.max_seq_len,
-        "hidden_size": config.dim,
-        "num_hidden_layers": config.n_layers,
-        "num_attention_heads": config.n_heads,
-        "intermediate_size": config.ffn_dim or 4 * config.dim,
+        **_shape(config),
         "hidden_activation": "gelu" if config.activation == "geglu" else "silu",
         "norm_eps": config.norm_eps,
         "norm_bias": config.bias,
