@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from typing import Literal
@@ -30,7 +30,7 @@ from bigtrain.plan import activations, clusters
 from bigtrain.plan.activations import Activations, Setting
 from bigtrain.plan.flops import sequence_length
 from bigtrain.plan.result import GIB
-from bigtrain.plan.sizes import Parameter, Sizes
+from bigtrain.plan.sizes import Parameter, Sizes, of_run, teacher
 
 LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered and fetches ahead (stage3_max_live_parameters)
 SUB_GROUP = 1_000_000_000  # elements of a rank that ZeRO-3 updates at a time (sub_group_size)
@@ -94,6 +94,26 @@ def needed(found: Memory, device: clusters.Device) -> dict[str, float]:
 
 def estimate(config: Config, ranks: int, sizes: Sizes, device: Device) -> Memory:
     """Of `config` with its vocabulary set, on so many ranks."""
+    found = _alone(config, ranks, sizes, device)
+    beside = _teacher(config, ranks)
+    if not beside:
+        return found
+    moments = tuple(Moment(each.name, each.parts | beside) for each in found.moments)
+    return replace(found, states=found.states | beside, moments=moments)
+
+
+def _teacher(config: Config, ranks: int) -> dict[str, int]:
+    """A distillation's teacher, which stands beside the student all the time; nothing without one."""
+    distil, taught_by = config.compress.distil, teacher(config)
+    if distil is None or taught_by is None:
+        return {}
+    share = ranks if distil.teacher_sharded else 1
+    elements = sum(math.ceil(each.count / share) for each in of_run(taught_by).parameters)
+    return {"teacher": (4 if config.train.precision == "fp32" else 2) * elements}
+
+
+def _alone(config: Config, ranks: int, sizes: Sizes, device: Device) -> Memory:
+    """Without a teacher."""
     element = 4 if config.train.precision == "fp32" else 2
     setting = Setting(
         device, element, micro_batch(config, ranks), sequence_length(config),

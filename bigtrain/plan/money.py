@@ -10,6 +10,7 @@ from bigtrain.errors import ConfigError
 from bigtrain.plan import communication, flops
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.efficiency import of
+from bigtrain.plan.sizes import Sizes
 
 GIB = 2**30
 SECONDS_PER_HOUR = 3600.0
@@ -55,16 +56,13 @@ class CheckpointCost:
     stall_seconds: float  # that training waits
 
 
-def checkpoint(
-    config: Config, cluster: Cluster, ranks: int, parameters: int, trained: int | None = None
-) -> CheckpointCost:
+def checkpoint(config: Config, cluster: Cluster, ranks: int, sizes: Sizes) -> CheckpointCost:
     """Weights in the training precision, and of what is trained fp32 master weights and the optimizer's moments.
 
     Accelerate's weights are fp32 and their own master (engine/accelerate.py). Written by every node to a disk of its
     own rate, of DDP by the first. With train.async_save training waits for the copy into host memory only, which a CPU
     makes at its memory bandwidth, else for the disk, as it always does with Accelerate.
     """
-    trained = parameters if trained is None else trained
     engine, at_once = config.engine, not config.train.async_save
     per_node = min(ranks, cluster.devices_per_node)
     nodes = -(-ranks // per_node)
@@ -74,7 +72,7 @@ def checkpoint(
     else:
         element = 4 if config.train.precision == "fp32" else 2
         master = 0 if config.train.precision == "fp32" and engine.stage == 0 else 4
-    size = element * parameters + (STATE_BYTES[config.optimizer.kind] - 4 + master) * trained
+    size = element * sizes.total + (STATE_BYTES[config.optimizer.kind] - 4 + master) * sizes.trained
     write = size / (nodes * cluster.disk_gb_per_second * 1e9)
     link = cluster.device.memory_gb_per_second if cluster.device.is_cpu else cluster.host_link_gb_per_second
     copy = size / ranks / (link * 1e9)

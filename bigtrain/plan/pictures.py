@@ -217,7 +217,7 @@ def draw_checkpoints(subject: Subject, time: step_time.StepTime) -> bytes:
 
 
 def _checkpoint(subject: Subject) -> money.CheckpointCost:
-    return money.checkpoint(subject.config, subject.cluster, subject.ranks, subject.sizes.total, subject.sizes.trained)
+    return money.checkpoint(subject.config, subject.cluster, subject.ranks, subject.sizes)
 
 
 def draw_days(subject: Subject, time: step_time.StepTime) -> bytes | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -22,7 +21,6 @@ from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.memory import Memory
 from bigtrain.plan.result import GIB, Plan
 from bigtrain.plan.sizes import Sizes
-from bigtrain.plan.step_time import StepTime
 
 ZERO_PAPER = "arXiv 1910.02054, sections 3 and 5"
 LIBRARIES_VARY = 0.75  # of their memory: whole ranks of 0.36 GiB were measured where 0.6 are taken for libraries
@@ -88,8 +86,7 @@ def _said(cluster: Cluster, name: str) -> str:
 def _memory(plan: Plan, config: Config, cluster: Cluster, sizes: Sizes) -> None:
     device = cluster.device
     found = memory.estimate(config, plan.ranks, sizes, "cpu" if device.is_cpu else "cuda")
-    plan.memory = memory.needed(found, device) | _teachers_memory(config, plan.ranks)
-    plan.memory["peak"] = sum(gib for name, gib in plan.memory.items() if name != "peak")
+    plan.memory = memory.needed(found, device)
     plan.device_memory_gib = device.memory_gib
     saved = found.activations
     plan.activations = {
@@ -114,16 +111,6 @@ def _memory(plan: Plan, config: Config, cluster: Cluster, sizes: Sizes) -> None:
     ]
     missing = [f"{name}: {needed:,.1f} GiB of {there:,.1f}" for name, needed, there in short if needed > there]
     plan.fits, plan.binding = not missing, "; ".join(missing)
-
-
-def _teachers_memory(config: Config, ranks: int) -> dict[str, float]:
-    """GiB of a distillation's teacher, which stands beside the student all the time; nothing without one."""
-    teacher = parameter_sizes.teacher(config)
-    if teacher is None or config.compress.distil is None:
-        return {}
-    share = ranks if config.compress.distil.teacher_sharded else 1
-    elements = sum(math.ceil(each.count / share) for each in parameter_sizes.of_run(teacher).parameters)
-    return {"teacher": _element(config) * elements / GIB}
 
 
 def _element(config: Config) -> int:
@@ -268,24 +255,8 @@ def _communication(plan: Plan, config: Config, cluster: Cluster, sizes: Sizes) -
         plan.add(f"communication.{name}", sent, "GB", *formulas[name])
 
 
-def _with_teacher(found: StepTime, config: Config, cluster: Cluster, ranks: int) -> StepTime:
-    """The step with a teacher's forward pass in it, which neither mfu nor hfu count as work of the model."""
-    teacher = parameter_sizes.teacher(config)
-    if teacher is None:
-        return found
-    sizes = parameter_sizes.of_run(teacher)
-    length = min(teacher.model.max_seq_len, config.model.max_seq_len)
-    alike = replace(teacher, model=replace(teacher.model, max_seq_len=length))  # type: ignore[arg-type]
-    seconds = step_time.estimate(alike, cluster, ranks, sizes).parts["forward"]
-    longer = 1 + seconds / found.seconds
-    return replace(
-        found, parts=found.parts | {"teacher": seconds}, low=found.low * longer, high=found.high * longer,
-        tokens_per_second=found.tokens_per_second / longer, mfu=found.mfu / longer, hfu=found.hfu / longer,
-    )  # fmt: skip
-
-
 def _time(plan: Plan, config: Config, cluster: Cluster, sizes: Sizes, tokens: float | None) -> None:
-    found = _with_teacher(step_time.estimate(config, cluster, plan.ranks, sizes), config, cluster, plan.ranks)
+    found = step_time.estimate(config, cluster, plan.ranks, sizes)
     ours = "bigtrain/plan/step_time.py"
     seconds = plan.add("step_seconds", found.seconds, "s", "sum of the parts under time", ours)
     plan.step_seconds, plan.time = seconds, dict(found.parts)
@@ -293,8 +264,7 @@ def _time(plan: Plan, config: Config, cluster: Cluster, sizes: Sizes, tokens: fl
     plan.tokens_per_step, plan.tokens_per_second = found.tokens, found.tokens_per_second
     plan.mfu, plan.hfu = found.mfu, found.hfu
     for part, value in found.parts.items():
-        explained = step_time.FORMULAS.get(part, ("forward, of the teacher", "arXiv 1503.02531"))
-        plan.add(f"time.{part}", value, "s", *explained)
+        plan.add(f"time.{part}", value, "s", *step_time.FORMULAS[part])
     sequences = "train.global_batch x tokens of a sequence (of an encoder-decoder, of both)"
     plan.add("tokens_per_step", found.tokens, "tokens", sequences, "bigtrain/plan/flops.py")
     plan.add("tokens_per_second", found.tokens_per_second, "tokens/s", "tokens_per_step / step_seconds", ours)
@@ -318,7 +288,7 @@ def _time(plan: Plan, config: Config, cluster: Cluster, sizes: Sizes, tokens: fl
         "energy_kwh", paid.energy_kwh, "kWh", "device hours x watts x PUE", "arXiv 2302.13971, section 6"
     )
     plan.co2_kg = plan.add("co2_kg", paid.kg_co2, "kg", "energy x the grid's intensity", "arXiv 2302.13971, section 6")
-    saved = money.checkpoint(config, cluster, plan.ranks, sizes.total, sizes.trained)
+    saved = money.checkpoint(config, cluster, plan.ranks, sizes)
     plan.checkpoint_gib = plan.add(
         "checkpoint_gib", saved.gib, "GiB", "weights, fp32 master, moments", "bigtrain/plan/money.py"
     )

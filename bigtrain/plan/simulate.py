@@ -179,7 +179,10 @@ def _tasks(config: Config, cluster: Cluster, ranks: int, sizes: Sizes, slowness:
         return done[-1]
 
     last: int | None = None
+    taught = slowness * step_time.teacher_seconds(config, cluster, ranks) / times
     for batch in range(times):
+        if taught:
+            last = add("teacher", COMPUTE, taught, last)
         last = through("forward", range(layers), forward, last, False)
         reduces = "gradients" in per_layer and (every_batch["gradients"] or batch == times - 1)
         last = through("backward", range(layers - 1, -1, -1), backward + again, last, reduces)
@@ -377,7 +380,7 @@ def interval_of(config: Config, step_seconds: float, hours: float) -> float:
 def goodput_of(config: Config, cluster: Cluster, sizes: Sizes, time: step_time.StepTime, hours: float) -> float:
     """The fraction of the time that counts in a run of `hours` that saves as often as train.save_every says, or as is
     best where it says nothing. Raises ConfigError for a run that never gets ahead."""
-    saved = money.checkpoint(config, cluster, cluster.devices, sizes.total, sizes.trained)
+    saved = money.checkpoint(config, cluster, cluster.devices, sizes)
     interval = config.train.save_every * time.seconds or None
     return expected(
         hours, cluster.devices, time.seconds, saved.stall_seconds, interval_seconds=interval,

@@ -51,7 +51,7 @@ def _days(
     config: Config, cluster: Cluster, sizes: parameter_sizes.Sizes, steps: int, step_seconds: float, mtbf_hours: float
 ) -> tuple[list[str], dict[str, Any]]:
     hours, between = steps * step_seconds / 3600, mtbf_hours / cluster.devices
-    saved = money.checkpoint(config, cluster, cluster.devices, sizes.total, sizes.trained)
+    saved = money.checkpoint(config, cluster, cluster.devices, sizes)
 
     def kept(interval: float | None) -> Goodput | None:
         """None for a run that never gets ahead."""

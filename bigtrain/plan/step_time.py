@@ -15,7 +15,7 @@ from bigtrain.config import ClassificationConfig, Config, DeepSpeedConfig, accum
 from bigtrain.plan import communication, flops
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.efficiency import FIXED, Efficiency, measured_widths, of
-from bigtrain.plan.sizes import Sizes, teacher
+from bigtrain.plan.sizes import Sizes, of_run, teacher
 
 # Bytes that an optimizer step moves for each parameter: fp32 master and moments read and written, gradient read, weight
 # written. Muon's matmuls come on top.
@@ -32,6 +32,7 @@ FORMULAS = {
     "communication": ("max(exposed x C, C - computation), C from hierarchical rings", "arXiv 1910.02054, section 7"),
     "optimizer": ("bytes of parameters and moments / bandwidth, a rank's share", "arXiv 1910.02054, section 5"),
     "offload": ("bytes / PCIe and disk bandwidth, host optimizer / host bandwidth", "arXiv 2101.06840; 2104.07857"),
+    "teacher": ("forward, of the teacher; no work of the model in mfu and hfu", "arXiv 1503.02531"),
 }  # fmt: skip
 
 
@@ -61,7 +62,7 @@ class Ideal:
 class StepTime:
     """Seconds of an optimizer step, by part, and what follows from them."""
 
-    parts: dict[str, float]  # forward, backward, recompute, communication, optimizer, offload
+    parts: dict[str, float]  # by the names of FORMULAS; teacher only where there is one
     low: float
     high: float
     tokens: int  # of a step, over all ranks
@@ -85,6 +86,8 @@ def estimate(config: Config, cluster: Cluster, ranks: int, sizes: Sizes) -> Step
     efficiency = assumed(config, cluster)
     ideal_step = ideal(config, cluster, ranks, sizes.total, sizes.trained)
     parts, communicated = combine(ideal_step, efficiency, overlapped(config, cluster))
+    if taught := teacher_seconds(config, cluster, ranks):
+        parts["teacher"] = taught
     total = sum(parts.values())
     work = flops.count(config, micro_batch(config, ranks))
     micro_batches = ranks * ideal_step.accumulation
@@ -97,6 +100,18 @@ def estimate(config: Config, cluster: Cluster, ranks: int, sizes: Sizes) -> Step
         mfu=work.model * micro_batches / (peak * total), hfu=work.hardware * micro_batches / (peak * total),
         model_flops=work.model * micro_batches, communication=communicated, notes=notes,
     )  # fmt: skip
+
+
+def teacher_seconds(config: Config, cluster: Cluster, ranks: int) -> float:
+    """Of a step: the forward passes of a distillation's teacher over the student's sequences. 0 without one."""
+    taught_by = teacher(config)
+    if taught_by is None:
+        return 0.0
+    length = min(taught_by.model.max_seq_len, config.model.max_seq_len)
+    alike = replace(taught_by, model=replace(taught_by.model, max_seq_len=length))  # type: ignore[arg-type]
+    sizes = of_run(taught_by)
+    parts, _ = combine(ideal(alike, cluster, ranks, sizes.total), assumed(alike, cluster), overlapped(alike, cluster))
+    return parts["forward"]
 
 
 def assumed(config: Config, cluster: Cluster) -> Efficiency:

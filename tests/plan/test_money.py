@@ -44,31 +44,33 @@ def test_hours_for_tokens() -> None:
 
 
 def test_a_checkpoint_is_fourteen_bytes_a_parameter() -> None:
-    total = sizes.of_run(CONFIG).total
-    found = money.checkpoint(CONFIG, H100, 64, total)
+    built = sizes.of_run(CONFIG)
+    total = built.total
+    found = money.checkpoint(CONFIG, H100, 64, built)
     assert found.gib == pytest.approx(14 * total / 2**30)
     assert found.write_seconds == pytest.approx(14 * total / (8 * 40e9))  # eight nodes write at once
     assert found.stall_seconds == pytest.approx(14 * total / 64 / 64e9)  # each device copies its share to the host
     waiting = replace(CONFIG, train=replace(CONFIG.train, async_save=False))
-    assert money.checkpoint(waiting, H100, 64, total).stall_seconds == found.write_seconds
+    assert money.checkpoint(waiting, H100, 64, built).stall_seconds == found.write_seconds
 
 
 def test_accelerates_weights_are_their_own_master() -> None:
     """12 bytes a parameter in bf16 as in fp32 (model.safetensors and optimizer.bin of engine/accelerate.py)."""
-    total = sizes.of_run(CONFIG).total
+    built = sizes.of_run(CONFIG)
+    total = built.total
     for precision in ("bf16", "fp32"):
         train = replace(CONFIG.train, precision=precision)
-        ddp = money.checkpoint(replace(CONFIG, engine=AccelerateConfig(), train=train), H100, 64, total)
+        ddp = money.checkpoint(replace(CONFIG, engine=AccelerateConfig(), train=train), H100, 64, built)
         assert ddp.gib == pytest.approx(12 * total / 2**30)
         assert ddp.stall_seconds == ddp.write_seconds == pytest.approx(12 * total / 40e9)  # at once, by one rank
-    sharded = money.checkpoint(replace(CONFIG, engine=AccelerateConfig(parallel="fsdp2")), H100, 64, total)
+    sharded = money.checkpoint(replace(CONFIG, engine=AccelerateConfig(parallel="fsdp2")), H100, 64, built)
     assert sharded.write_seconds == pytest.approx(12 * total / (8 * 40e9))
 
 
 def test_of_frozen_weights_no_states_are_saved() -> None:
     config = replace(CONFIG, train=replace(CONFIG.train, lora=LoRAConfig(rank=8)))
     found = sizes.of_run(config)
-    saved = money.checkpoint(config, H100, 64, found.total, found.trained)
+    saved = money.checkpoint(config, H100, 64, found)
     assert saved.gib == pytest.approx((2 * found.total + 12 * found.trained) / 2**30)
 
 

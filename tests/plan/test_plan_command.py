@@ -190,6 +190,10 @@ def test_a_teacher_is_counted(capsys: pytest.CaptureFixture[str], tmp_path: Path
     assert taught["step_seconds"] == pytest.approx(alone["step_seconds"] + taught["time"]["teacher"])
     assert taught["time"]["teacher"] > alone["time"]["forward"]
     assert taught["tokens_per_second"] * taught["step_seconds"] == pytest.approx(taught["tokens_per_step"])
+    simulated = plan(capsys, *distil, "simulate=true", "jitter=0")["simulation"]["step"]
+    untaught = plan(capsys, *student, "simulate=true", "jitter=0")["simulation"]["step"]
+    assert simulated["seconds"] == pytest.approx(untaught["seconds"] + taught["time"]["teacher"])
+    assert simulated["exposed_communication_seconds"] == pytest.approx(untaught["exposed_communication_seconds"])
     assert {line["name"] for line in plan(capsys, *distil, "explain=true")["lines"]} >= {
         "memory.teacher",
         "time.teacher",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from dataclasses import replace
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 
 from bigtrain import cli, hardware
+from bigtrain.compress_config import CompressConfig, DistilConfig
 from bigtrain.config import Config, LaunchConfig, from_dict
 from bigtrain.errors import BigtrainError
 from bigtrain.hardware import Gpu, Placement
-from bigtrain.plan import preflight
+from bigtrain.plan import preflight, sizes
 
 
 def run(**train: Any) -> Config:
@@ -115,3 +117,16 @@ def test_what_is_not_known_is_not_refused(machine: Any) -> None:
     least = preflight.least_gib(from_dict(labelled), two)
     assert least is not None
     assert least < 0.1  # texts may be short: its states alone
+
+
+def test_a_distillations_teacher_counts(tmp_path: Path) -> None:
+    """On each rank whole, in 16 bits."""
+    student = run()
+    (tmp_path / "config.yaml").write_text(json.dumps({"model": dataclasses.asdict(student.model)}))
+    taught = replace(student, compress=CompressConfig(distil=DistilConfig(teacher=str(tmp_path))))
+    placement = Placement("cpu", ranks=2, threads_per_rank=1, gpus=())
+    alone, together = (preflight.least_gib(config, placement) for config in (student, taught))
+    assert alone is not None
+    assert together is not None
+    beside = 2 * sizes.of_run(student).total / 2**30
+    assert together - alone == pytest.approx(preflight.CERTAIN * beside)
