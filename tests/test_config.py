@@ -67,6 +67,17 @@ def composed(*overrides: str) -> Config:
     return configs[0]
 
 
+@pytest.mark.parametrize(
+    "recipe",
+    ["bert_pretrain", "classification", "tagging", "question_answering", "translation", "instruction"],
+)
+def test_a_tasks_recipe_takes_a_pretrained_model(recipe: str, tmp_path: Path) -> None:
+    """It sets no field of a model that `model=pretrained` has not."""
+    own = composed(f"experiment={recipe}")
+    (tmp_path / "config.yaml").write_text(schema.dump(own))
+    assert composed(f"experiment={recipe}", "model=pretrained", f"model.path={tmp_path}").model == own.model
+
+
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=[f"{group}={choice}" for group, choice in CHOICES])
 def test_every_shipped_choice_is_valid(group: str, choice: str) -> None:
     text = (compose.conf_dir() / group / f"{choice}.yaml").read_text()
