@@ -6,7 +6,8 @@
 
 A tsv has a text and a label a line, a CoNLL file a word and its tag. Both sides train under DeepSpeed ZeRO-2 on as many
 ranks, with AdamW at the same learning rates (the best by its seeds' mean is each side's result; one rate, one pass),
-epochs, global batch, weight decay, gradient clipping and linear decay after the same warm-up, in bf16.
+epochs, global batch, weight decay, gradient clipping and linear decay after the same warm-up, in the same precision:
+bf16, or fp32 on a CPU without AVX-512, where PyTorch's bf16 is several times slower.
 
     bigtrain  `bigtrain train experiment=finetune` (or finetune_tagging): its own batches, padding and kernels
     hf        AutoModelFor... under Hugging Face Trainer, each batch padded to its longest text; with --group-by-length
@@ -60,6 +61,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="examples per optimizer step, over all ranks")
     parser.add_argument("--steps", type=int, help="instead of epochs; a few to compare speed alone")
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--group-by-length", action="store_true", help="let the Trainer group texts by length")
     parser.add_argument("--json", type=Path, help="where every run's numbers go")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -85,7 +87,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     threads = max(1, cores() // arguments.ranks)
     print(
         f"{arguments.task}, {examples} examples, {steps} steps of {arguments.batch}, {arguments.ranks} ranks"
-        f" x {threads} threads",
+        f" x {threads} threads, {arguments.precision}",
         flush=True,
     )
     results = []
@@ -98,6 +100,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                         "model": str(arguments.model.resolve()), "task": arguments.task, "steps": steps, "lr": lr,
                         "train": train, "test": test, "seed": seed,
                         "batch": arguments.batch, "ranks": arguments.ranks, "threads": threads,
+                        "precision": arguments.precision,
                         "group_by_length": arguments.group_by_length, "directory": directory,
                         "name": f"{variant}-{lr}-{seed}",
                     }  # fmt: skip
@@ -185,6 +188,7 @@ def run_bigtrain(job: dict[str, Any]) -> dict[str, Any]:
         f"model.path={job['model']}", f"data.path={job['train']}", f"data.held_out_path={job['test']}",
         f"task.max_length={MAX_LENGTH}", f"train.steps={job['steps']}", f"train.seed={job['seed']}",
         f"train.global_batch={job['batch']}", f"train.grad_clip={GRAD_CLIP}", "train.eval_every=0",
+        f"train.precision={job['precision']}",
         f"optimizer.lr={job['lr']}", f"optimizer.weight_decay={WEIGHT_DECAY}",
         f"schedule.warmup_steps={round(WARMUP * job['steps'])}", f"launch.ranks={job['ranks']}",
         "logger=quiet", f"data.cache_dir={job['directory']}/cache", f"run_dir={run_dir}",
@@ -261,7 +265,7 @@ def run_hf(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def hf_rank(job: dict[str, Any]) -> None:
-    """The Trainer as its documentation sets it up with DeepSpeed: ZeRO-2, bf16, the rest "auto"."""
+    """The Trainer as its documentation sets it up with DeepSpeed: ZeRO-2, the rest "auto"."""
     from transformers import (
         AutoModelForSequenceClassification,
         AutoModelForTokenClassification,
@@ -281,7 +285,8 @@ def hf_rank(job: dict[str, Any]) -> None:
         output_dir=f"{job['directory']}/hf", max_steps=job["steps"], seed=job["seed"],
         per_device_train_batch_size=job["batch"] // job["ranks"], per_device_eval_batch_size=job["batch"],
         learning_rate=job["lr"], weight_decay=WEIGHT_DECAY, max_grad_norm=GRAD_CLIP, lr_scheduler_type="linear",
-        warmup_steps=round(WARMUP * job["steps"]), bf16=True, logging_steps=50, report_to=[], save_strategy="no",
+        warmup_steps=round(WARMUP * job["steps"]), bf16=job["precision"] == "bf16",
+        logging_steps=50, report_to=[], save_strategy="no",
         disable_tqdm=True, use_cpu=not torch.cuda.is_available(),
         train_sampling_strategy="group_by_length" if job["group_by_length"] else "random",
         deepspeed=trainer_zero2(),
