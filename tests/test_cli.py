@@ -108,7 +108,7 @@ def test_a_dry_run_prints_everything_and_starts_and_writes_nothing(tmp_path: Pat
     assert '"reduce_bucket_size"' in done.stdout
     assert "hf_secret" not in done.stdout
     assert list(tmp_path.iterdir()) == []
-    script = done.stdout.replace("-u -m deepspeed.launcher.launch", "-c 'import os; print(os.environ[\"WORDS\"])'")
+    script = done.stdout.replace("-u -m bigtrain.launch.light_launcher", "-c 'import os; print(os.environ[\"WORDS\"])'")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.sha256").write_text("0\n")
     printed = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=True).stdout

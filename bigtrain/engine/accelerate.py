@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from bigtrain.batch import Batch, LossSums
 from bigtrain.config import AccelerateConfig, Config
-from bigtrain.engine import optimizers, shards
+from bigtrain.engine import optimizers, shards, unpickling
 from bigtrain.engine.base import LossFunction, StepOutcome, T, Write
 
 STATE = "engine"
@@ -28,6 +28,7 @@ class AccelerateEngine:
         from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
         assert isinstance(config.engine, AccelerateConfig)
+        unpickling.restrict_index()
         self.device = device
         self.rank, self.world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
         self.grad_clip = config.train.grad_clip

@@ -42,12 +42,19 @@ _INDEX = {
 
 
 def restrict() -> None:
-    """From here on nothing in this process unpickles more than tensors, plain data and the classes listed here."""
-    from torch.distributed.checkpoint import filesystem
+    """From here on nothing in this process unpickles more than tensors, plain data and the classes listed here.
 
+    The index of a sharded torch checkpoint is read otherwise: see `restrict_index`.
+    """
     # torch refuses to choose between this and its opposite, which somebody may have set for another program.
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"  # wins over weights_only=False in a library
+
+
+def restrict_index() -> None:
+    """Nor does torch.distributed.checkpoint, which FSDP2's checkpoints are read with; to import it takes a second."""
+    from torch.distributed.checkpoint import filesystem
+
     readers: Any = filesystem
     readers.pickle = SimpleNamespace(load=_load_index, dump=pickle.dump, dumps=pickle.dumps)
 

@@ -71,9 +71,9 @@ def start_of(config: Config, placement: Placement, sha256: str) -> Start:
     devices = [gpu.index for gpu in placement.gpus] if placement.device == "cuda" else list(range(placement.ranks))
     world = base64.urlsafe_b64encode(json.dumps({"localhost": devices}).encode()).decode()
     command = [
-        # What `deepspeed` itself starts on a single host, once it has found out what is known here: that takes it two
-        # seconds, most of them to import torch and itself.
-        sys.executable, "-u", "-m", "deepspeed.launcher.launch", f"--world_info={world}",
+        # What `deepspeed` itself starts on a single host, once it has found out what is known here, and without what
+        # takes them seconds each: to import torch and all of DeepSpeed.
+        sys.executable, "-u", "-m", "bigtrain.launch.light_launcher", f"--world_info={world}",
         f"--master_addr={ADDRESS}", f"--master_port={port}", "--no_local_rank", "--log_level=critical",
         "--module", WORKER, str(Path(config.run_dir) / "config.yaml"), "--sha256", sha256,
     ]  # fmt: skip

@@ -29,7 +29,8 @@ class Cache(Protocol):
 
 @torch.no_grad()
 def draw_normal(parameter: Tensor, std: float) -> None:
-    parameter.copy_(parameter.float().normal_(0.0, std))
+    if not parameter.is_meta:  # where torch would import a second's worth of modules, to draw nothing
+        parameter.copy_(parameter.float().normal_(0.0, std))
 
 
 class Linear(nn.Linear):
