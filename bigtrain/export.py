@@ -256,16 +256,14 @@ def problem_type(config: Config) -> str | None:
 def read_tokenizer(run: Path, config: Config) -> tuple[Any, dict[str, Any]]:
     """(tokenizer, {eos_token: its text, eos_token_id: its id, ...}), of the special tokens that the run trained with.
 
-    A causal model's documents begin and end with the same token, which also pads if there is none for that; an
-    instruction model's conversations begin with the tokenizer's token for that, if it has one. What a
-    translation is written between begins and ends a text.
+    A causal model's documents and conversations begin with the tokenizer's token for that, or with the one that ends
+    them, which also pads if there is none for that. What a translation is written between begins and ends a text.
     """
     path = str(run / "tokenizer")
     if config.task.kind in CAUSAL:
         tokenizer, eos_id = load_tokenizer(path, "RUN")
         known = special_ids(tokenizer)
-        begin = begin_id(tokenizer) if isinstance(config.task, InstructionConfig) else eos_id
-        ids = {"bos": begin, "eos": eos_id, "pad": known.get("pad", eos_id)}
+        ids = {"bos": begin_id(tokenizer), "eos": eos_id, "pad": known.get("pad", eos_id)}
         ids |= {"unk": known["unk"]} if "unk" in known else {}
     else:
         tokenizer = find_tokenizer(path, "RUN")

@@ -20,7 +20,7 @@ from bigtrain.compress.quantize import as_trained
 from bigtrain.config import Config, HuggingFaceConfig, InstructionConfig, ModelConfig, TranslationConfig
 from bigtrain.data.encode_examples import TranslationEncoder, translation_marks
 from bigtrain.data.encode_instructions import closing_mark, prompt_tokens
-from bigtrain.data.tokenizer import load_tokenizer, vocabulary_size
+from bigtrain.data.tokenizer import begin_id, load_tokenizer, vocabulary_size
 from bigtrain.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -71,8 +71,8 @@ def run(
         return write_translations(model, prompts, tokenizer, config, max_new_tokens, options, where)
     answers = config.task if isinstance(config.task, InstructionConfig) else None
     size = vocabulary_size(tokenizer)
-    if answers is None:  # training began its documents with the end of the one before
-        encoded = [[eos_id, *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in prompts]
+    if answers is None:  # as training began its documents
+        encoded = [[begin_id(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in prompts]
         written = write_on(model, encoded, eos_id, size, max_new_tokens, options, where)
         texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
         return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]

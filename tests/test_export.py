@@ -124,6 +124,27 @@ def test_a_causal_run(model: DecoderConfig, tmp_path: Path) -> None:
     assert (written < tokenizer.vocab_size).all()
 
 
+@torch.no_grad()
+def test_a_causal_run_goes_on_after_the_token_that_begins_a_text(tmp_path: Path) -> None:
+    """Where the tokenizer has one of its own, as Llama's has."""
+    run, _ = decoder_run(tmp_path / "run", LLAMA)
+    own = find_tokenizer(str(run))
+    own.add_special_tokens(["<s>", "</s>"])
+    own.save(str(run / "tokenizer" / "tokenizer.json"))
+    (run / "tokenizer" / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    (text,) = generate.run(run, ["def main"], max_new_tokens=20)
+    out = export(run, tmp_path / "out")
+    theirs, tokenizer = (
+        kind.from_pretrained(out) for kind in (transformers.AutoModelForCausalLM, transformers.AutoTokenizer)
+    )
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    assert theirs.config.bos_token_id == tokenizer.bos_token_id != tokenizer.eos_token_id
+    written = theirs.generate(**tokenizer("<s>def main", return_tensors="pt"), max_new_tokens=20, do_sample=False)
+    assert tokenizer.decode(written[0], skip_special_tokens=True) == text
+    ended = theirs.generate(**tokenizer("</s>def main", return_tensors="pt"), max_new_tokens=20, do_sample=False)
+    assert written[0, 1:].tolist() != ended[0, 1:].tolist(), "the first token matters here"
+
+
 @pytest.mark.parametrize("template", ["plain", "chatml"])
 def test_a_run_that_answers_takes_its_chat_template_along(template: Any, tmp_path: Path) -> None:
     config = Config(model=dataclasses.replace(GPT), task=InstructionConfig(template=template))

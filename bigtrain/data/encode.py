@@ -37,24 +37,24 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes pieces: each document becomes <eos> + its tokens."""
+    """Encodes pieces: each document becomes `begin`, the token ids that a document begins with, + its tokens."""
 
-    def __init__(self, tokenizer_file: Path, eos_id: int, vocab_size: int) -> None:
+    def __init__(self, tokenizer_file: Path, begin: tuple[int, ...], vocab_size: int) -> None:
         from tokenizers import Tokenizer
 
         self.tokenizer: Any = Tokenizer.from_file(str(tokenizer_file))
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a document is text like any other
-        self.eos = np.array([eos_id], dtype=token_dtype(vocab_size))
+        self.begin = np.array(begin, dtype=token_dtype(vocab_size))
 
     def encode(self, pieces: Sequence[Piece]) -> Encoded:
         encodings = self.tokenizer.encode_batch_fast([piece.text for piece in pieces], add_special_tokens=False)
         parts = []
         for piece, encoding in zip(pieces, encodings, strict=True):
             if piece.starts:
-                parts.append(self.eos)
-            parts.append(np.array(encoding.ids, dtype=self.eos.dtype))
+                parts.append(self.begin)
+            parts.append(np.array(encoding.ids, dtype=self.begin.dtype))
         gzip_bytes = sum(len(gzip.compress(piece.text.encode(), 9)) for piece in pieces if piece.held_out)
         return Encoded(np.concatenate(parts).tobytes(), gzip_bytes)
 
@@ -71,8 +71,8 @@ class EncoderPool:
     the pipe of a dead worker just ends.
     """
 
-    def __init__(self, workers: int, tokenizer_file: Path, eos_id: int, vocab_size: int) -> None:
-        arguments = (tokenizer_file, eos_id, vocab_size)
+    def __init__(self, workers: int, tokenizer_file: Path, begin: tuple[int, ...], vocab_size: int) -> None:
+        arguments = (tokenizer_file, begin, vocab_size)
         self._encoder = None if workers else Encoder(*arguments)
         self._threads = ThreadPoolExecutor(workers) if workers else None
         self._workers: list[tuple[SpawnProcess, _Pipe]] = []
@@ -119,11 +119,11 @@ class EncoderPool:
         return cast(Encoded, answer)
 
 
-def _work(pipe: _Pipe, tokenizer_file: Path, eos_id: int, vocab_size: int) -> None:
+def _work(pipe: _Pipe, tokenizer_file: Path, begin: tuple[int, ...], vocab_size: int) -> None:
     """A worker's life: it ends when the parent closes the pipe, or ends itself, however that happens."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent alone decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    encoder = Encoder(tokenizer_file, eos_id, vocab_size)
+    encoder = Encoder(tokenizer_file, begin, vocab_size)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             pieces = pipe.recv()

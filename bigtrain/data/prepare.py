@@ -23,15 +23,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from bigtrain.config import Config, DataConfig, EncoderConfig, TextDataConfig
+from bigtrain.config import CausalLMConfig, Config, DataConfig, EncoderConfig, TextDataConfig
 from bigtrain.data.corpus import Corpus, Piece, find, hashed, open_corpus, shown
 from bigtrain.data.encode import Encoded, EncoderPool, WorkerDied
 from bigtrain.data.locks import locked, writing
 from bigtrain.data.shards import FORMAT, META, SPLITS, Prepared, load_prepared, shard_path, token_dtype
 from bigtrain.data.tokenizer import (
     END_OF_TEXT,
+    begin_id,
     check_vocabulary,
     load_tokenizer,
+    special_ids,
     tokenizer_identity,
     train_tokenizer,
     vocabulary_size,
@@ -61,12 +63,13 @@ def prepare(config: Config, progress: bool = False) -> Prepared:
         if loaded is not None:
             check_vocabulary(config, vocabulary_size(loaded))
         corpus = open_corpus(data, cache)
-        fingerprint = _fingerprint(corpus, tokenizer_identity(data.tokenizer, loaded, for_encoder))
+        begin = _begin(config, loaded)
+        fingerprint = _fingerprint(corpus, tokenizer_identity(data.tokenizer, loaded, for_encoder), begin)
         directory = cache / fingerprint
         if not directory.exists():
             with locked(cache / f"{fingerprint}.lock", progress):
                 if not directory.exists():
-                    _build(directory, corpus, data, (loaded, eos_id), for_encoder, progress)
+                    _build(directory, corpus, data, (loaded, eos_id), for_encoder, begin, progress)
     prepared = load_prepared(directory)
     check_vocabulary(config, prepared.vocab_size)
     _check_length(config, prepared)
@@ -87,7 +90,9 @@ def prepare_held_out(config: Config, directory: Path, key: str) -> Prepared:
         raise ConfigError(key, shown(data.path), "holds no text file")
     corpus = Corpus([], 0.0, hashed(files, directory), data.text_field, hub_config=data.name, skipped=skipped)
     for_encoder = isinstance(config.model, EncoderConfig)
-    _build(directory / "text", corpus, data, load_tokenizer(data.tokenizer.path, "RUN"), for_encoder, progress=False)
+    tokenizer, eos_id = load_tokenizer(data.tokenizer.path, "RUN")
+    begin = _begin(config, tokenizer)
+    _build(directory / "text", corpus, data, (tokenizer, eos_id), for_encoder, begin, progress=False)
     prepared = load_prepared(directory / "text")
     tokens, length = prepared.tokens["held_out"], config.model.max_seq_len
     if tokens < length + 1:
@@ -96,13 +101,23 @@ def prepare_held_out(config: Config, directory: Path, key: str) -> Prepared:
     return prepared
 
 
-def _fingerprint(corpus: Corpus, tokenizer: dict[str, Any]) -> str:
+def _begin(config: Config, tokenizer: Any | None) -> tuple[int, ...]:
+    """What a document begins with after the end of the one before: of a model that goes on with texts, the token that
+    its tokenizer begins them with, where that is not the one that ends them (Llama's is not, GPT-2's is)."""
+    if tokenizer is None or not isinstance(config.task, CausalLMConfig):
+        return ()
+    bos_id = begin_id(tokenizer)
+    return () if bos_id == special_ids(tokenizer)["eos"] else (bos_id,)
+
+
+def _fingerprint(corpus: Corpus, tokenizer: dict[str, Any], begin: tuple[int, ...]) -> str:
     parts = {
         "format": FORMAT,
         "corpus": corpus.identity(),
         "tokenizer": tokenizer,
         "batch": (BATCH_BYTES, BATCH_PIECES, SHARD_BYTES, MOST_SHARDS),
     }
+    parts |= {"begin": begin} if begin else {}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -115,6 +130,7 @@ def _build(
     data: DataConfig,
     loaded: tuple[Any | None, int],
     for_encoder: bool,
+    begin: tuple[int, ...],
     progress: bool,
 ) -> None:
     partial = directory.with_suffix(".partial")
@@ -127,9 +143,8 @@ def _build(
         writers = {split: _ShardWriter(partial, split, token_dtype(vocab_size).itemsize) for split in SPLITS}
         workers = data.workers or _cores()
         with ExitStack() as stack:
-            pool = EncoderPool(
-                0 if 0 < corpus.size <= INLINE_BYTES else workers, partial / "tokenizer.json", eos_id, vocab_size
-            )
+            inline = 0 < corpus.size <= INLINE_BYTES
+            pool = EncoderPool(0 if inline else workers, partial / "tokenizer.json", (eos_id, *begin), vocab_size)
             stack.callback(pool.close)
             for writer in writers.values():
                 stack.callback(writer.abandon)

@@ -1,7 +1,8 @@
 """Token shards on disk: what `prepare` left behind, and reading it as one long memory-mapped array per split.
 
 A prepared directory holds meta.json, tokenizer.json and `train-00000.bin`, `held_out-00000.bin` ...: token ids, little
-endian uint16 (uint32 above 65,536 ids), nothing else. Each document is <eos> + its tokens, one after another.
+endian uint16 (uint32 above 65,536 ids), nothing else. Each document is <eos> + its tokens, one after another; for a
+causal model whose tokenizer has a <bos> of its own, <eos> <bos> + its tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ META = "meta.json"
 class Prepared:
     """A corpus ready to train on. The dictionaries are keyed by split: "train", "held_out".
 
-    `tokens` counts the <eos> that begins each document, `bytes` is UTF-8 text, `gzip_bits_per_byte` is of the held-out
+    `tokens` counts what begins each document, `bytes` is UTF-8 text, `gzip_bits_per_byte` is of the held-out
     documents, each compressed alone with gzip -9 (a document over 1 MiB in parts of that size); None without any.
     """
 

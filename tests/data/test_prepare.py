@@ -20,7 +20,7 @@ import psutil
 import pytest
 from tokenizers import Tokenizer
 
-from bigtrain.config import Config, StdlibDataConfig, TokenizerConfig
+from bigtrain.config import CausalLMConfig, Config, MaskedLMConfig, StdlibDataConfig, TokenizerConfig
 from bigtrain.data import TokenShards, load_prepared, prepare
 from bigtrain.data.corpus import open_corpus
 from bigtrain.data.encode import Encoder
@@ -119,6 +119,26 @@ def test_large_vocabularies_take_four_bytes(
     assert decoded(wide, "held_out") == decoded(narrow, "held_out")
     sizes = [path.stat().st_size for path in sorted(wide.directory.glob("*.bin"))]
     assert sizes == [2 * path.stat().st_size for path in sorted(narrow.directory.glob("*.bin"))]
+
+
+@pytest.mark.parametrize(
+    ("begin", "task"), [("<s>", CausalLMConfig()), ("<s>", MaskedLMConfig()), ("", CausalLMConfig())]
+)
+def test_a_document_begins_as_its_tokenizer_begins_one(
+    rows_file: Path, tmp_path: Path, tokenizer_file: Path, begin: str, task: CausalLMConfig | MaskedLMConfig
+) -> None:
+    """For a model that goes on with texts; what masks words puts its own tokens around a text."""
+    tokenizer = Tokenizer.from_file(str(tokenizer_file))
+    tokenizer.add_special_tokens(["</s>", *([begin] if begin else [])])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": begin or "</s>"}))
+    wanted = replace(config(rows_file, tmp_path, tokenizer=TokenizerConfig(path=str(tmp_path))), task=task)
+    prepared = prepare(wanted)
+    texts = decoded(prepared, "train")
+    assert len(texts) == prepared.documents["train"] > 1
+    begins = bool(begin) and isinstance(task, CausalLMConfig)
+    assert all(text.startswith("<s>") == begins for text in texts)
+    assert all(text.count("<s>") == begins for text in texts)
 
 
 def test_the_same_bytes_with_any_number_of_workers(rows_file: Path, tmp_path: Path, tokenizer_file: Path) -> None:
