@@ -16,7 +16,7 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "bigtrain.cli", *arguments]
 
 
-def bigtrain(*arguments: str, cwd: Path | None = None, expect: int = 0, timeout: float = 240) -> str:
+def bigtrain(*arguments: str, cwd: Path | None = None, expect: int = 0, timeout: float = 600) -> str:
     """Run the command to its end; its output. Fails unless it exits with `expect`."""
     done = subprocess.run(
         command(*arguments), cwd=cwd, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL

@@ -1,7 +1,7 @@
 """What tests' ranks are forked from: a process in which everything that a rank imports is there, and no thread is.
 
 Imported by multiprocessing's fork server alone (tests/distributed/ranks.py). Half of what a rank imports it imports
-late, when it first needs it: torch._dynamo at the first zero_grad, DeepSpeed's optimizers when they are built.
+late, when it first needs it: torch._dynamo under ZeRO-3, DeepSpeed's optimizers when they are built.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Import DeepSpeed without what it brings along for features that nobody asked for: two seconds less on every rank."""
+"""Import DeepSpeed without what it brings along for features that nobody asked for: seconds less on every rank."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 import sys
 from collections.abc import Callable
 from typing import Any
+
+DYNAMO = "torch._dynamo"
 
 
 def import_deepspeed() -> None:
@@ -17,6 +19,7 @@ def import_deepspeed() -> None:
     """
     if "deepspeed" in sys.modules:
         return
+    leave_out_dynamo()
     hide = "mlflow" not in sys.modules
     if hide:
         sys.modules["mlflow"] = None  # type: ignore[assignment]  # an import of it fails as if it was not installed
@@ -38,5 +41,48 @@ def _compiled_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*arguments: Any, **named: Any) -> Any:
         return compiled()(*arguments, **named)
+
+    return call
+
+
+@functools.cache
+def leave_out_dynamo() -> None:
+    """Let nothing import TorchDynamo, and with it SymPy, only to say that it is not to be traced (0.6 s, 90 MB).
+
+    torch marks its optimizers' methods so, DeepSpeed its hooks: at their first call they import the tracer and tell it.
+    While nobody else has imported it, there is none to tell, and they run as they are.
+    """
+    import torch
+
+    library: Any = torch  # of which these are no public names
+    marking = library._disable_dynamo
+
+    def mark(function: Any = None, recursive: bool = True) -> Any:
+        if function is None:
+            return functools.partial(mark, recursive=recursive)
+        return _unmarked(function, marking(function, recursive))
+
+    library._disable_dynamo = mark
+    optimizer: Any = torch.optim.Optimizer
+    for name in ("state_dict", "load_state_dict", "zero_grad", "add_param_group"):
+        marked = getattr(optimizer, name)
+        setattr(optimizer, name, _unmarked(marked.__wrapped__, marked))
+
+    breaking: Any = torch.optim.Adam.step  # AdamW's too
+
+    @functools.wraps(breaking)
+    def step(self: Any, closure: Any = None) -> Any:
+        if DYNAMO in sys.modules:
+            return breaking(self, closure)
+        with torch.set_grad_enabled(self.defaults["differentiable"]):
+            return breaking.__wrapped__(self, closure)
+
+    torch.optim.Adam.step = step  # type: ignore[method-assign]
+
+
+def _unmarked(plain: Callable[..., Any], marked: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(plain)
+    def call(*arguments: Any, **named: Any) -> Any:
+        return (marked if DYNAMO in sys.modules else plain)(*arguments, **named)
 
     return call

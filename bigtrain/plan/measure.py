@@ -168,12 +168,16 @@ def _main(rank: int, ranks: int, threads: int, port: int, device_name: str, budg
     import torch
     import torch.distributed as dist
 
+    from bigtrain.models import cpu_bf16
+
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     backend = "nccl" if device_name == "cuda" and torch.cuda.device_count() >= ranks else "gloo"
     device = torch.device(f"cuda:{rank}" if backend == "nccl" else device_name)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    elif device.type == "cpu":
+        cpu_bf16.enable()  # as a rank does
     dist.init_process_group(backend, init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=ranks)
 
     def wait() -> None:

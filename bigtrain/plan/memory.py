@@ -39,6 +39,7 @@ ALL_REDUCED = 500_000_000  # elements of gradients that stage 0 sends at a time
 NVME_BUFFERS, NVME_BUFFER = 5, 100_000_000  # offload_param: buffer_count, buffer_size in elements
 BLOCK_8BIT = 256  # elements that share a scale in torchao's 8-bit states
 SMALLEST_8BIT = 4096  # elements; smaller ones keep fp32 states
+TRACER_GIB = 0.2  # of a CPU's context_gib: TorchDynamo and what comes with it (engine/lean.py)
 Device = Literal["cpu", "cuda"]
 
 
@@ -64,6 +65,7 @@ class Memory:
     host: int = 0  # of one rank: offloaded states in RAM
     host_building: int = 0  # of one rank, while its model is built on the host
     disk: int = 0  # of one rank: offloaded states on NVMe
+    tracer: bool = True  # whether a rank imports TorchDynamo
     assumptions: list[str] = field(default_factory=list)  # where the closed form is not held to a measurement
 
     @property
@@ -89,6 +91,8 @@ def needed(found: Memory, device: clusters.Device) -> dict[str, float]:
     blocks = found.activations.large_tensors(10 * 2**20)
     parts["rounding"] = blocks * device.block_mib / 2 / 1024  # half a block for each tensor that has its own
     parts["context"] = device.context_gib
+    if device.is_cpu and not found.tracer:
+        parts["context"] = max(0.0, device.context_gib - TRACER_GIB)
     return parts | {"peak": sum(parts.values())}
 
 
@@ -228,8 +232,16 @@ class _Zero:
             host=host,
             host_building=0 if in_ram or (engine.stage == 3 and engine.zero_init) else 4 * self.sizes.total,
             disk=disk,
+            tracer=self.tracer,
             assumptions=["offloaded states are counted from DeepSpeed's source, not measured"] if offloaded else [],
         )
+
+    @property
+    def tracer(self) -> bool:
+        config = self.config
+        marked = config.train.compile or config.train.activation_checkpointing
+        compressed = config.compress.quantize is not None or config.compress.float8 is not None
+        return self.engine.stage == 3 or marked or compressed or config.optimizer.kind != "adamw"
 
     # -------------------------------------------------------------------------------------------- all the time
 

@@ -23,7 +23,7 @@ from bigtrain.plan.result import GIB, Plan
 from bigtrain.plan.sizes import Sizes
 
 ZERO_PAPER = "arXiv 1910.02054, sections 3 and 5"
-LIBRARIES_VARY = 0.75  # of their memory: whole ranks of 0.36 GiB were measured where 0.6 are taken for libraries
+LIBRARIES_VARY = 0.75  # of their memory: whole ranks of 0.30 GiB were measured where 0.4 are taken for libraries
 LIBRARIES_GIB = 0.6  # of host memory: a rank's process with torch and DeepSpeed, before any tensor
 OPTIMIZER_BYTES = {  # of an element's states, beside its fp32 master
     "adamw": "8",
@@ -133,10 +133,10 @@ def _memory_margin(config: Config, cluster: Cluster, found: Memory) -> tuple[flo
         notes.append(f"memory: {why}; interval +{by:.0%}")
 
     if cluster.device.is_cpu:
-        peak = found.peak.total / GIB + cluster.device.context_gib
-        share = LIBRARIES_VARY * cluster.device.context_gib / peak
+        needed = memory.needed(found, cluster.device)
+        share = LIBRARIES_VARY * needed["context"] / needed["peak"]
         if share >= 0.01:
-            widen(share, f"libraries take {cluster.device.context_gib:g} GiB, more or less by what a run loads")
+            widen(share, f"libraries take {needed['context']:.2g} GiB, more or less by what a run loads")
     else:
         widen(0.12, "held to real runs on CPUs; on a GPU fragmentation comes on top")
     for assumption in found.assumptions:
@@ -169,12 +169,13 @@ def _memory_margin(config: Config, cluster: Cluster, found: Memory) -> tuple[flo
 def _explain_memory(plan: Plan, config: Config, cluster: Cluster, sizes: Sizes, found: Memory) -> None:
     described = _accelerate_formulas if isinstance(config.engine, AccelerateConfig) else _zero_formulas
     activations = "what each operator saves for its gradient", "arXiv 2205.05198, section 4; plan/activations.py"
+    without = "" if found.tracer or not cluster.device.is_cpu else f", less {memory.TRACER_GIB} of TorchDynamo"
     formulas = {
         "activations": activations,
         "logits": ("a chunk of logits, and the loss's gradients", "bigtrain/models/cross_entropy.py"),
         "teacher": (f"{_element(config)} P of the teacher, / N where sharded", "bigtrain/compress/teacher.py"),
         "rounding": ("half of device.block_mib for each large tensor", _said(cluster, "device.block_mib")),
-        "context": ("device.context_gib: libraries and driver", _said(cluster, "device.context_gib")),
+        "context": (f"device.context_gib: libraries and driver{without}", _said(cluster, "device.context_gib")),
         "peak": (f"their sum, at the fullest moment: {found.peak.name}", "bigtrain/plan/memory.py"),
     } | described(config, cluster, sizes, found)
     for name, gib in plan.memory.items():

@@ -97,6 +97,15 @@ def test_what_comes_on_top_of_the_tensors() -> None:
     assert needed["peak"] >= plan.peak.total / 2**30 + device.context_gib
 
 
+def test_a_rank_that_traces_nothing_has_fewer_libraries() -> None:
+    """Which is what engine/lean.py is for. A GPU's context is another matter."""
+
+    laptop, h100 = (find(name).device for name in ("laptop", "h100"))
+    assert memory.needed(estimate(2, 2), laptop)["context"] == pytest.approx(laptop.context_gib - memory.TRACER_GIB)
+    assert memory.needed(estimate(3, 2), laptop)["context"] == laptop.context_gib
+    assert memory.needed(estimate(2, 2), h100)["context"] == h100.context_gib
+
+
 def test_the_norm_is_of_pieces_as_large_as_the_engine_makes_them() -> None:
     from bigtrain.engine import deepspeed
 

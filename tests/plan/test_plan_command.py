@@ -136,7 +136,7 @@ def memory_width(found: dict[str, Any]) -> float:
     (low, high), peak = found["intervals"]["memory.peak"], found["memory"]["peak"]
     assert low < peak < high
     libraries = [note for note in found["warnings"] if "libraries" in note]
-    return float(high / peak - 1 - bool(libraries) * 0.75 * 0.6 / peak)
+    return float(high / peak - 1 - bool(libraries) * 0.75 * found["memory"]["context"] / peak)
 
 
 def test_the_peak_has_an_interval_and_the_table_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
