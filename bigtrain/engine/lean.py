@@ -47,7 +47,7 @@ def _compiled_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def leave_out_dynamo() -> None:
-    """Let nothing import TorchDynamo, and with it SymPy, only to say that it is not to be traced (0.6 s, 90 MB).
+    """Let nothing import TorchDynamo, and with it SymPy, only to say that it is not to be traced (1 to 2 s, 70 MB).
 
     torch marks its optimizers' methods so, DeepSpeed its hooks: at their first call they import the tracer and tell it.
     While nobody else has imported it, there is none to tell, and they run as they are.

@@ -66,9 +66,10 @@ def measured(folder: Path, budget_seconds: float = 0.8) -> Cluster:
     source = {name: text for name, text in cluster.source.items() if name in ("kg_co2_per_kwh", "pue")}
     by_hand = ("device.watts", "price_per_device_hour", "inter_node_gb_per_second", "inter_node_latency_us")
     source |= {name: "not measured: taken from the preset" for name in by_hand}
+    unmeasured = {} if cluster.device.is_cpu else cluster.device.peak_tflops  # fp8 of a GPU that has it
     device = replace(
         cluster.device,
-        peak_tflops=cluster.device.peak_tflops | found["peak_tflops"],
+        peak_tflops=unmeasured | found["peak_tflops"],
         memory_gb_per_second=found["memory_gb_per_second"],
         efficiency=found["efficiency"],
     )

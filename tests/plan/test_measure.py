@@ -22,6 +22,9 @@ def test_measures_and_plans_with_it(tmp_path: Path) -> None:
     assert cluster.devices_per_node == placement.ranks
     device = cluster.device
     assert device.peak_tflops["fp32"] > 0.001
+    assert device.peak_tflops["bf16"] > 0.3 * device.peak_tflops["fp32"], "as ranks multiply it, on any CPU"
+    if device.is_cpu:
+        assert set(device.peak_tflops) == {"fp32", "bf16", *(["fp16"] if hardware.cpu_has_fp16() else [])}
     assert 0.1 < device.memory_gb_per_second < 10_000
     assert 0.001 < cluster.intra_node_gb_per_second < 10_000
     assert 0 < cluster.disk_gb_per_second < 1000
