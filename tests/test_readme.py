@@ -20,6 +20,7 @@ def commands() -> list[list[str]]:
     return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.strip()]
 
 
+@pytest.mark.timeout(1800)  # some forty commands, and a native op is compiled on the way: 13 minutes on two slow cores
 def test_every_command_of_the_tour(tmp_path: Path, data_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(data_cache))
     shutil.copy(README, tmp_path)
