@@ -33,7 +33,6 @@ from bigtrain.data.tokenizer import (
     begin_id,
     check_vocabulary,
     load_tokenizer,
-    special_ids,
     tokenizer_identity,
     train_tokenizer,
     vocabulary_size,
@@ -63,7 +62,7 @@ def prepare(config: Config, progress: bool = False) -> Prepared:
         if loaded is not None:
             check_vocabulary(config, vocabulary_size(loaded))
         corpus = open_corpus(data, cache)
-        begin = _begin(config, loaded)
+        begin = _begin(config, loaded, eos_id)
         fingerprint = _fingerprint(corpus, tokenizer_identity(data.tokenizer, loaded, for_encoder), begin)
         directory = cache / fingerprint
         if not directory.exists():
@@ -91,7 +90,7 @@ def prepare_held_out(config: Config, directory: Path, key: str) -> Prepared:
     corpus = Corpus([], 0.0, hashed(files, directory), data.text_field, hub_config=data.name, skipped=skipped)
     for_encoder = isinstance(config.model, EncoderConfig)
     tokenizer, eos_id = load_tokenizer(data.tokenizer.path, "RUN")
-    begin = _begin(config, tokenizer)
+    begin = _begin(config, tokenizer, eos_id)
     _build(directory / "text", corpus, data, (tokenizer, eos_id), for_encoder, begin, progress=False)
     prepared = load_prepared(directory / "text")
     tokens, length = prepared.tokens["held_out"], config.model.max_seq_len
@@ -101,13 +100,13 @@ def prepare_held_out(config: Config, directory: Path, key: str) -> Prepared:
     return prepared
 
 
-def _begin(config: Config, tokenizer: Any | None) -> tuple[int, ...]:
+def _begin(config: Config, tokenizer: Any | None, eos_id: int) -> tuple[int, ...]:
     """What a document begins with after the end of the one before: of a model that goes on with texts, the token that
     its tokenizer begins them with, where that is not the one that ends them (Llama's is not, GPT-2's is)."""
     if tokenizer is None or not isinstance(config.task, CausalLMConfig):
         return ()
     bos_id = begin_id(tokenizer)
-    return () if bos_id == special_ids(tokenizer)["eos"] else (bos_id,)
+    return () if bos_id == eos_id else (bos_id,)
 
 
 def _fingerprint(corpus: Corpus, tokenizer: dict[str, Any], begin: tuple[int, ...]) -> str:

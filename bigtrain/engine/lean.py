@@ -19,7 +19,7 @@ def import_deepspeed() -> None:
     """
     if "deepspeed" in sys.modules:
         return
-    leave_out_dynamo()
+    _leave_out_dynamo()
     hide = "mlflow" not in sys.modules
     if hide:
         sys.modules["mlflow"] = None  # type: ignore[assignment]  # an import of it fails as if it was not installed
@@ -45,8 +45,7 @@ def _compiled_when_called(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-@functools.cache
-def leave_out_dynamo() -> None:
+def _leave_out_dynamo() -> None:
     """Let nothing import TorchDynamo, and with it SymPy, only to say that it is not to be traced (1 to 2 s, 70 MB).
 
     torch marks its optimizers' methods so, DeepSpeed its hooks: at their first call they import the tracer and tell it.

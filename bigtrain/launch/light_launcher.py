@@ -16,30 +16,27 @@ from importlib.util import find_spec
 from types import ModuleType
 
 LAUNCHER = "deepspeed.launcher.launch"
-VISIBLE = {"cpu": "CUDA_VISIBLE_DEVICES", "cuda": "CUDA_VISIBLE_DEVICES"}  # by DS_ACCELERATOR, as DeepSpeed sets it
+ACCELERATORS = ("cpu", "cuda")  # by DS_ACCELERATOR, whose variable is this
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 class _Accelerator:
     """What the launcher asks DeepSpeed's accelerator for."""
 
-    def __init__(self, variable: str) -> None:
-        self._variable = variable
-
     def visible_devices_envs(self) -> list[str]:
-        return [self._variable]
+        return [VISIBLE]
 
     def set_visible_devices_envs(self, environment: dict[str, str], devices: list[int]) -> None:
-        environment[self._variable] = ",".join(map(str, devices))
+        environment[VISIBLE] = ",".join(map(str, devices))
 
 
 def main() -> None:
-    variable = VISIBLE.get(os.environ.get("DS_ACCELERATOR", ""))
-    if variable is not None:
-        _stand_in(_Accelerator(variable))
+    if os.environ.get("DS_ACCELERATOR") in ACCELERATORS:
+        _stand_in()
     runpy.run_module(LAUNCHER, run_name="__main__", alter_sys=True)
 
 
-def _stand_in(accelerator: _Accelerator) -> None:
+def _stand_in() -> None:
     """Put the three things where the launcher imports them from; its other modules are found as ever."""
     spec = find_spec("deepspeed")  # of a package without parents: nothing is imported
     if spec is None or not spec.submodule_search_locations:
@@ -55,7 +52,7 @@ def _stand_in(accelerator: _Accelerator) -> None:
     utils.set_log_level_from_string = lambda level: logger.setLevel(level.upper())  # type: ignore[attr-defined]
     utils.get_numactl_cmd = importlib.import_module("deepspeed.utils.numa").get_numactl_cmd  # type: ignore[attr-defined]
     sys.modules["deepspeed.accelerator"] = ModuleType("deepspeed.accelerator")
-    sys.modules["deepspeed.accelerator"].get_accelerator = lambda: accelerator  # type: ignore[attr-defined]
+    sys.modules["deepspeed.accelerator"].get_accelerator = _Accelerator  # type: ignore[attr-defined]
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from typing import Literal
 
 from bigtrain.config import Config, DeepSpeedConfig, accumulation_steps
 from bigtrain.plan.clusters import Cluster
+from bigtrain.plan.sizes import element_bytes
 
 Kind = Literal["all_gather", "reduce_scatter", "all_reduce"]
 LIVE_PARAMETERS = 1_000_000_000  # stage3_max_live_parameters and stage3_max_reuse_distance of our ds_config
@@ -45,7 +46,7 @@ def collectives(config: Config, ranks: int, parameters: int, trained: int, layer
     """Of one optimizer step. parameters, trained: their numbers; layers: what stage 3 gathers at a time."""
     if ranks == 1:
         return []
-    element = 4 if config.train.precision == "fp32" else 2
+    element = element_bytes(config)
     accumulation = accumulation_steps(config, ranks)
     gradients, weights = float(trained * element), float(parameters * element)
     if not isinstance(config.engine, DeepSpeedConfig):
@@ -83,7 +84,7 @@ def transfers(config: Config, ranks: int, parameters: int, trained: int) -> list
     engine = config.engine
     if not isinstance(engine, DeepSpeedConfig):
         return []
-    element = 4 if config.train.precision == "fp32" else 2
+    element = element_bytes(config)
     accumulation = accumulation_steps(config, ranks)
     result = []
     if engine.offload_optimizer != "none":

@@ -30,7 +30,7 @@ from bigtrain.plan import activations, clusters
 from bigtrain.plan.activations import Activations, Setting
 from bigtrain.plan.flops import sequence_length
 from bigtrain.plan.result import GIB
-from bigtrain.plan.sizes import Parameter, Sizes, of_run, teacher
+from bigtrain.plan.sizes import Parameter, Sizes, element_bytes, of_run, teacher
 
 LIVE = 1_000_000_000  # elements that ZeRO-3 keeps gathered and fetches ahead (stage3_max_live_parameters)
 SUB_GROUP = 1_000_000_000  # elements of a rank that ZeRO-3 updates at a time (sub_group_size)
@@ -113,12 +113,12 @@ def _teacher(config: Config, ranks: int) -> dict[str, int]:
         return {}
     share = ranks if distil.teacher_sharded else 1
     elements = sum(math.ceil(each.count / share) for each in of_run(taught_by).parameters)
-    return {"teacher": (4 if config.train.precision == "fp32" else 2) * elements}
+    return {"teacher": element_bytes(config) * elements}
 
 
 def _alone(config: Config, ranks: int, sizes: Sizes, device: Device) -> Memory:
     """Without a teacher."""
-    element = 4 if config.train.precision == "fp32" else 2
+    element = element_bytes(config)
     setting = Setting(
         device, element, micro_batch(config, ranks), sequence_length(config),
         documents=bool(getattr(config.data, "isolate_documents", False)), cpu_kernels=_cpu_kernels(),

@@ -10,7 +10,7 @@ from bigtrain.errors import ConfigError
 from bigtrain.plan import communication, flops
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.efficiency import of
-from bigtrain.plan.sizes import Sizes
+from bigtrain.plan.sizes import Sizes, element_bytes
 
 GIB = 2**30
 SECONDS_PER_HOUR = 3600.0
@@ -70,7 +70,7 @@ def checkpoint(config: Config, cluster: Cluster, ranks: int, sizes: Sizes) -> Ch
         element, master, at_once = 4, 0, True
         nodes = 1 if engine.parallel == "ddp" else nodes
     else:
-        element = 4 if config.train.precision == "fp32" else 2
+        element = element_bytes(config)
         master = 0 if config.train.precision == "fp32" and engine.stage == 0 else 4
     size = element * sizes.total + (STATE_BYTES[config.optimizer.kind] - 4 + master) * sizes.trained
     write = size / (nodes * cluster.disk_gb_per_second * 1e9)

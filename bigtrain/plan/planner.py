@@ -101,7 +101,7 @@ def _memory(plan: Plan, config: Config, cluster: Cluster, sizes: Sizes) -> None:
         plan.host_memory_gib = per_node * (LIBRARIES_GIB + max(found.host, found.host_building) / GIB)
     plan.disk_gib = per_node * found.disk / GIB
     _explain_memory(plan, config, cluster, sizes, found)
-    margin, notes = _memory_margin(config, cluster, found)
+    margin, notes = _memory_margin(plan.memory, config, cluster, found)
     plan.add_interval("memory.peak", plan.memory["peak"], margin, "bigtrain/plan/planner.py, _memory_margin")
     plan.warnings += notes
     short = [
@@ -113,12 +113,9 @@ def _memory(plan: Plan, config: Config, cluster: Cluster, sizes: Sizes) -> None:
     plan.fits, plan.binding = not missing, "; ".join(missing)
 
 
-def _element(config: Config) -> int:
-    """Bytes."""
-    return 4 if config.train.precision == "fp32" else 2
-
-
-def _memory_margin(config: Config, cluster: Cluster, found: Memory) -> tuple[float, list[str]]:
+def _memory_margin(
+    needed: dict[str, float], config: Config, cluster: Cluster, found: Memory
+) -> tuple[float, list[str]]:
     """Half the width of the interval of the peak as a fraction, and a line for all that widens it.
 
     0.03 is what the worst of two and four real ranks stays below (benchmarks/plan_accuracy.py), of tensors: what a
@@ -133,7 +130,6 @@ def _memory_margin(config: Config, cluster: Cluster, found: Memory) -> tuple[flo
         notes.append(f"memory: {why}; interval +{by:.0%}")
 
     if cluster.device.is_cpu:
-        needed = memory.needed(found, cluster.device)
         share = LIBRARIES_VARY * needed["context"] / needed["peak"]
         if share >= 0.01:
             widen(share, f"libraries take {needed['context']:.2g} GiB, more or less by what a run loads")
@@ -173,7 +169,10 @@ def _explain_memory(plan: Plan, config: Config, cluster: Cluster, sizes: Sizes, 
     formulas = {
         "activations": activations,
         "logits": ("a chunk of logits, and the loss's gradients", "bigtrain/models/cross_entropy.py"),
-        "teacher": (f"{_element(config)} P of the teacher, / N where sharded", "bigtrain/compress/teacher.py"),
+        "teacher": (
+            f"{parameter_sizes.element_bytes(config)} P of the teacher, / N where sharded",
+            "bigtrain/compress/teacher.py",
+        ),
         "rounding": ("half of device.block_mib for each large tensor", _said(cluster, "device.block_mib")),
         "context": (f"device.context_gib: libraries and driver{without}", _said(cluster, "device.context_gib")),
         "peak": (f"their sum, at the fullest moment: {found.peak.name}", "bigtrain/plan/memory.py"),
@@ -196,9 +195,10 @@ def _zero_formulas(config: Config, cluster: Cluster, sizes: Sizes, found: Memory
     assert isinstance(engine, DeepSpeedConfig)
     states, gradients, of_weights = (" / N, padded" if engine.stage >= least else "" for least in (1, 2, 3))
     trained = "P" if sizes.trained == sizes.total else "P_trained"
-    weights = f"{_element(config)} P{of_weights}"
+    element = parameter_sizes.element_bytes(config)
+    weights = f"{element} P{of_weights}"
     if moment == "start" and not (engine.stage == 3 and engine.zero_init):
-        built, flat = 4 if cluster.device.is_cpu else _element(config), _element(config) * (2 if engine.stage else 1)
+        built, flat = 4 if cluster.device.is_cpu else element, element * (2 if engine.stage else 1)
         weights = f"max({built}, {flat}) P: the model as it was built, and ZeRO's flat copy"
     temporary = {
         "update": "gradients of what is updated at once in fp32, or for the norm a piece in fp64",

@@ -24,7 +24,7 @@ from bigtrain.config import Config, DeepSpeedConfig
 from bigtrain.errors import ConfigError
 from bigtrain.plan import communication, money, step_time
 from bigtrain.plan.clusters import Cluster
-from bigtrain.plan.sizes import Sizes
+from bigtrain.plan.sizes import Sizes, element_bytes
 
 COMPUTE, NETWORK = "compute", "network"
 
@@ -197,7 +197,7 @@ def _prefetched(config: Config, parameters: int, layers: int) -> int:
     engine = config.engine
     if not isinstance(engine, DeepSpeedConfig):
         return 2  # FSDP gathers one ahead
-    element = 4 if config.train.precision == "fp32" else 2
+    element = element_bytes(config)
     return 1 + max(1, int(engine.bucket_mib * 2**20 / element / (parameters / layers)))
 
 

@@ -167,6 +167,11 @@ def of_run(config: Config) -> Sizes:
     return Sizes(tuple(parameters))
 
 
+def element_bytes(config: Config) -> int:
+    """Of a weight as it is multiplied."""
+    return 4 if config.train.precision == "fp32" else 2
+
+
 def of_model(config: OurModelConfig) -> Sizes:
     """The bare architecture, as `models.build` makes it. `config.vocab_size` must be a number."""
     if isinstance(config, Seq2SeqConfig):

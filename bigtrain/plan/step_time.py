@@ -15,7 +15,7 @@ from bigtrain.config import ClassificationConfig, Config, DeepSpeedConfig, accum
 from bigtrain.plan import communication, flops
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.efficiency import FIXED, Efficiency, measured_widths, of
-from bigtrain.plan.sizes import Sizes, of_run, teacher
+from bigtrain.plan.sizes import Sizes, element_bytes, of_run, teacher
 
 # Bytes that an optimizer step moves for each parameter: fp32 master and moments read and written, gradient read, weight
 # written. Muon's matmuls come on top.
@@ -194,7 +194,7 @@ def ideal(
     wide = device.tflops(config.train.precision) * 1e12
     peak = device.tflops(precision or config.train.precision) * 1e12
     bandwidth = device.memory_gb_per_second * 1e9
-    element = 4 if config.train.precision == "fp32" else 2
+    element = element_bytes(config)
     tile = of(device).tile
     work = flops.operations(config, sequences)
     again = config.train.activation_checkpointing

@@ -39,8 +39,9 @@ def test_the_variables_are_deepspeeds() -> None:
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
     from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 
-    for name, accelerator in (("cpu", CPU_Accelerator()), ("cuda", CUDA_Accelerator())):
-        assert accelerator.visible_devices_envs() == [light_launcher.VISIBLE[name]]
+    theirs = {"cpu": CPU_Accelerator(), "cuda": CUDA_Accelerator()}
+    for name in light_launcher.ACCELERATORS:
+        assert theirs[name].visible_devices_envs() == [light_launcher.VISIBLE]
 
 
 @pytest.mark.parametrize(("accelerator", "imported"), [({"DS_ACCELERATOR": "cuda"}, False), ({}, True)])
