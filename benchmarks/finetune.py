@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="instead of epochs; a few to compare speed alone")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--pooling", choices=("first", "mean"), help="model.pooling of ours; the Trainer has none")
     parser.add_argument("--group-by-length", action="store_true", help="let the Trainer group texts by length")
     parser.add_argument("--json", type=Path, help="where every run's numbers go")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -101,7 +102,7 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                         "train": train, "test": test, "seed": seed,
                         "batch": arguments.batch, "ranks": arguments.ranks, "threads": threads,
                         "precision": arguments.precision,
-                        "group_by_length": arguments.group_by_length, "directory": directory,
+                        "pooling": arguments.pooling, "group_by_length": arguments.group_by_length, "directory": directory,
                         "name": f"{variant}-{lr}-{seed}",
                     }  # fmt: skip
                     started = time.perf_counter()
@@ -188,7 +189,7 @@ def run_bigtrain(job: dict[str, Any]) -> dict[str, Any]:
         f"model.path={job['model']}", f"data.path={job['train']}", f"data.held_out_path={job['test']}",
         f"task.max_length={MAX_LENGTH}", f"train.steps={job['steps']}", f"train.seed={job['seed']}",
         f"train.global_batch={job['batch']}", f"train.grad_clip={GRAD_CLIP}", "train.eval_every=0",
-        f"train.precision={job['precision']}",
+        f"train.precision={job['precision']}", f"model.pooling={job['pooling'] or 'null'}",
         f"optimizer.lr={job['lr']}", f"optimizer.weight_decay={WEIGHT_DECAY}",
         f"schedule.warmup_steps={round(WARMUP * job['steps'])}", f"launch.ranks={job['ranks']}",
         "logger=quiet", f"data.cache_dir={job['directory']}/cache", f"run_dir={run_dir}",

@@ -72,7 +72,8 @@ class EncoderConfig:
     norm_first: bool = False  # BERT normalises after adding (post-norm), modern encoders before (pre-norm)
     activation: Literal["gelu", "gelu_tanh", "geglu", "swiglu"] = "gelu"
     bias: bool = True
-    pooler: bool = True  # tanh(linear(first token)), which sentence-level heads read
+    pooling: Literal["first", "mean"] = "first"  # what stands for a text: its first token or the mean of all
+    pooler: bool = True  # tanh(linear(of that)), which sentence-level heads read
     unpadded: bool = False  # take a batch's padding out before the blocks: they compute real tokens only
     dropout: float = 0.1
     init_std: float = 0.02
@@ -129,7 +130,8 @@ class PretrainedConfig:
     max_seq_len: int | None = None  # shorter sequences than the model could take
     n_layers: int | None = None  # fewer: the first ones' weights, or with compress.distil.init_from_teacher others
     dropout: float | None = None
-    unpadded: bool | None = None  # of an encoder
+    unpadded: bool | None = None  # of an encoder, as is the next
+    pooling: Literal["first", "mean"] | None = None  # mean: without the pooler, which was trained on first tokens
 
 
 # ----------------------------------------------------------------------------------------------------- task

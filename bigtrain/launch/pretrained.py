@@ -49,10 +49,15 @@ def resolved(data: dict[str, Any]) -> dict[str, Any]:
             problem = f"{path} has {found.n_layers}" + (" and a decoder's" if isinstance(found, Seq2SeqConfig) else "")
             raise ConfigError("model.n_layers", asked.n_layers, problem)
         found.n_layers = asked.n_layers
-    if asked.unpadded is not None:
+    for name in ("unpadded", "pooling"):
+        value = getattr(asked, name)
+        if value is None:
+            continue
         if not isinstance(found, EncoderConfig):
-            raise ConfigError("model.unpadded", asked.unpadded, f"for encoders only; {path} has a {found.kind}")
-        found.unpadded = asked.unpadded
+            raise ConfigError(f"model.{name}", value, f"for encoders only; {path} has a {found.kind}")
+        setattr(found, name, value)
+    if isinstance(found, EncoderConfig) and asked.pooling == "mean":
+        found.pooler = False
     changed: dict[str, Any] = {"model": schema.to_dict(found)}
     task = data.get("task")
     if learned and isinstance(task, dict) and task.get("max_length", 0) is None:

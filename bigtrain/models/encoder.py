@@ -81,20 +81,30 @@ class Encoder(Network):
         x = self.norm(x)
         return x if unpadded is None else unpadded.put_back(x)
 
-    def pool(self, hidden: Tensor) -> Tensor:
-        """hidden (B, T, D) -> (B, D): the first token's, through the pooler if the config has one."""
-        return hidden[:, 0] if self.pooler is None else self.pooler(hidden)
+    def pool(self, hidden: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """hidden (B, T, D) -> (B, D): what stands for each text, through the pooler if the config has one.
+
+        attention_mask (B, T): 1 at real tokens, whose mean config.pooling = mean takes. None: no padding.
+        """
+        if self.config.pooling == "first":
+            pooled = hidden[:, 0]
+        elif attention_mask is None:
+            pooled = hidden.mean(1)
+        else:
+            real = attention_mask.unsqueeze(-1).to(hidden.dtype)
+            pooled = (hidden * real).sum(1) / real.sum(1).clamp(min=1)  # a filler row has no token
+        return pooled if self.pooler is None else self.pooler(pooled)
 
 
 class Pooler(Linear):
-    """BERT's: tanh(linear(first token)). A module that is called, so that ZeRO-3 gathers its weights."""
+    """BERT's: tanh(linear(text)). A module that is called, so that ZeRO-3 gathers its weights."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__(config.dim, config.dim, config.bias, config.init_std)
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden (B, T, D) -> (B, D)."""
-        return super().forward(hidden[:, 0]).tanh()
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D) -> (B, D)."""
+        return super().forward(x).tanh()
 
 
 def attention_pattern(attention_mask: Tensor | None, document_ids: Tensor | None) -> Tensor | None:

@@ -55,7 +55,7 @@ class WithHead(Network):
         change (B, T, D): of the tokens' embeddings.
         """
         hidden = self.backbone(tokens, attention_mask=attention_mask, token_types=token_types, change=change)
-        return self.head(self.backbone.pool(hidden) if self.pooled else hidden)
+        return self.head(self.backbone.pool(hidden, attention_mask) if self.pooled else hidden)
 
 
 def build_encoder(config: ModelConfig, pooled: bool) -> Encoder:

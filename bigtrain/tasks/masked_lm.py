@@ -50,7 +50,7 @@ class MaskedLMModel(WithHead):
         predict: logits (N, V) of the N scored tokens alone.
         """
         hidden = self.backbone(tokens, attention_mask=attention_mask, token_types=token_types)
-        pair = None if self.pair_head is None else self.pair_head(self.backbone.pool(hidden))
+        pair = None if self.pair_head is None else self.pair_head(self.backbone.pool(hidden, attention_mask))
         if predict:
             assert targets is not None
             return self.head(hidden[targets != IGNORED]), pair

@@ -124,7 +124,7 @@ def test_gradients_pass_as_if_nothing_was_rounded(name: str) -> None:
 
 
 def test_a_subclass_goes_on_doing_what_it_does() -> None:
-    """BERT's pooler is a linear layer that looks at the first token and ends in tanh."""
+    """BERT's pooler is a linear layer that ends in tanh."""
     model = models.build(replace(MODELS["encoder"], pooler=True)).eval()
     hidden = torch.randn(2, 5, 32)
     before = model.pool(hidden)

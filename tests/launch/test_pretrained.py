@@ -33,7 +33,14 @@ def test_a_hugging_face_directory() -> None:
     assert config.model.dropout == 0.3
     assert isinstance(config.model, EncoderConfig)
     assert config.model.unpadded
+    assert (config.model.pooling, config.model.pooler) == ("first", True)
     assert config.init_from == config.data.tokenizer.path == str(MINILM)
+
+
+def test_its_pooler_is_of_first_tokens_alone() -> None:
+    model = from_dict(resolved(composed(path=str(MINILM), pooling="mean"))).model
+    assert isinstance(model, EncoderConfig)
+    assert (model.pooling, model.pooler) == ("mean", False)
 
 
 def test_a_run(tmp_path: Path) -> None:
@@ -45,9 +52,10 @@ def test_a_run(tmp_path: Path) -> None:
     assert config.model == replace(model, max_seq_len=128)
     assert config.init_from == "elsewhere"
     assert config.data.tokenizer.path == "mine"
-    data["model"]["unpadded"] = True
-    with pytest.raises(ConfigError, match=r"model\.unpadded=True: for encoders only; .* has a decoder"):
-        resolved(data)
+    for name, value in (("unpadded", True), ("pooling", "mean")):
+        data["model"] = composed(path=str(tmp_path))["model"] | {name: value}
+        with pytest.raises(ConfigError, match=rf"model\.{name}={value!r}: for encoders only; .* has a decoder"):
+            resolved(data)
 
 
 def test_other_models_are_left_alone() -> None:

@@ -199,6 +199,19 @@ def test_pooling() -> None:
     assert torch.equal(modern.pool(hidden), hidden[:, 0])
 
 
+def test_the_mean_of_a_text_is_that_of_its_real_tokens() -> None:
+    model = make(dataclasses.replace(MODERN, pooling="mean"))
+    hidden = torch.randn(3, 5, 64)
+    torch.testing.assert_close(model.pool(hidden), hidden.mean(1))
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1] * 5, [0] * 5])  # the last one is filler
+    expected = torch.stack((hidden[0, :3].mean(0), hidden[1].mean(0), torch.zeros(64)))
+    torch.testing.assert_close(model.pool(hidden, mask), expected)
+
+    bert = make(dataclasses.replace(BERT, pooling="mean"))
+    assert bert.pooler is not None
+    torch.testing.assert_close(bert.pool(hidden, mask), torch.tanh(expected @ bert.pooler.weight.T + bert.pooler.bias))
+
+
 @BOTH
 def test_meta_device_then_init_weights_gives_the_same_weights(config: EncoderConfig) -> None:
     with torch.device("meta"):

@@ -454,6 +454,8 @@ _BERT = EncoderConfig(dim=32, n_layers=1, n_heads=2, vocab_size=97)
         (dataclasses.replace(MODERN, pooler=True), "classification", "model.pooler=True: transformers' ModernBert"),
         (dataclasses.replace(_BERT, token_types=0), "masked_lm", "model.token_types=0"),
         (dataclasses.replace(_BERT, pooler=False), "classification", "model.pooler=False"),
+        (dataclasses.replace(_BERT, pooling="mean"), "base", "model.pooling='mean': transformers' BertModel reads the"),
+        (dataclasses.replace(MODERN, pooling="mean"), "classification", "model.pooling='mean'"),
     ],
 )
 def test_what_transformers_has_no_class_for(config: ModelConfig, architecture: str, message: str) -> None:

@@ -238,6 +238,10 @@ def _check(config: OurModelConfig, family: Family, architecture: str) -> None:
             )  # fmt: skip
     if isinstance(config, EncoderConfig):
         name = ARCHITECTURES[family.model_type, architecture][0]
+        reads_pooled = architecture == "classification" or (config.pooler and name in _WITH_POOLER)
+        if config.pooling != "first" and reads_pooled:
+            way_out = "take another --format, or train with model.pooling=first"
+            raise ConfigError("model.pooling", config.pooling, f"transformers' {name} reads the first token", way_out)
         if name in _NEED_POOLER and not config.pooler:
             raise ConfigError("model.pooler", False, f"transformers' {name} has one")
         if name in _HAVE_NO_POOLER and config.pooler:
