@@ -37,10 +37,10 @@ from bigtrain import config as configuration
 from bigtrain import tasks
 from bigtrain.checkpoint import inference, newest
 from bigtrain.compress import quantize
-from bigtrain.compress.timer import compiled
 from bigtrain.compress_config import QuantizeConfig
 from bigtrain.data.example_loader import Share
 from bigtrain.models import cpu_bf16
+from bigtrain.post_training.timer import compiled
 
 LR, MAX_LENGTH, BATCH = 2e-4, 128, 32
 ROUNDS, ROUND_SECONDS = 7, 0.3  # of timing each model

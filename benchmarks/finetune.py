@@ -102,8 +102,8 @@ def measure(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                         "train": train, "test": test, "seed": seed,
                         "batch": arguments.batch, "ranks": arguments.ranks, "threads": threads,
                         "precision": arguments.precision,
-                        "pooling": arguments.pooling, "group_by_length": arguments.group_by_length, "directory": directory,
-                        "name": f"{variant}-{lr}-{seed}",
+                        "pooling": arguments.pooling, "group_by_length": arguments.group_by_length,
+                        "directory": directory, "name": f"{variant}-{lr}-{seed}",
                     }  # fmt: skip
                     started = time.perf_counter()
                     found = (run_bigtrain if variant == "bigtrain" else run_hf)(job)

@@ -198,10 +198,11 @@ def plan(arguments: tuple[str, ...]) -> int:
       output=json         for scripts
       report=true         a page of HTML with pictures, in out=DIR
     """
+    from bigtrain.launch.train import checked
     from bigtrain.plan import command as planning
 
     options, rest = planning.split(list(arguments))
-    return _compose(tuple(rest), lambda job: planning.run(job.data, options, click.echo))
+    return _compose(tuple(rest), lambda job: planning.run(checked(job.data), options, click.echo))
 
 
 def _sweep(arguments: tuple[str, ...], run: Callable[[Job], float], trial: Callable[[Job], float | list[float]]) -> int:
@@ -451,7 +452,7 @@ def compress(run: Path, recipes: tuple[str, ...], out: Path, columns: tuple[str,
     A recipe is steps joined by +: heads=0.25, neurons=0.5, layers=2, dim=64 (a fraction or a number), magnitude=0.5,
     wanda=0.5, nm=2:4, int8, int4, int8_dynamic.
     """
-    from bigtrain.compress import command as compression
+    from bigtrain.post_training import command as compression
 
     given = compression.Options(columns=tuple(_columns(columns).items()), **options)
     compression.run(run, recipes, out, given, click.echo)
@@ -595,7 +596,7 @@ def doctor(
     if hostfile or ssh_config:
         raise click.UsageError("--hostfile and --ssh-config need --launch")
     if cluster_file is not None:
-        from bigtrain.plan.measure import described, write_cluster_file
+        from bigtrain.measure import described, write_cluster_file
 
         click.echo(described(write_cluster_file(cluster_file)))
         click.echo(cluster_file)

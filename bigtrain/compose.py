@@ -28,6 +28,7 @@ from bigtrain.config import (
     union_members,
 )
 from bigtrain.errors import BigtrainError, ConfigError, nearest
+from bigtrain.files import conf_dir
 from bigtrain.redact import redact
 
 _VALUE_FLAGS = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd",
@@ -60,15 +61,6 @@ class Job:
     flags: list[str]  # that composing it again needs (--config-dir DIR)
     number: int | None  # counts the jobs of a sweep from 0; None outside a sweep
     sweep: Sweep | None = None
-
-
-def conf_dir() -> Path:
-    """The folder of config groups: inside the installed package, or beside it in a checkout."""
-    package = Path(__file__).parent
-    for directory in (package / "conf", package.parent / "conf"):
-        if (directory / "config.yaml").is_file():
-            return directory
-    raise BigtrainError(f"the config folder is missing from {package}; install bigtrain again")
 
 
 def choices(group: str) -> list[str]:

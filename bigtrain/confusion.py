@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from bigtrain.pages import INK, png
+
 # Where `bigtrain evaluate` leaves what it found of a run, unless it is told otherwise, and `bigtrain report` looks.
 EVALUATION, METRICS, CONFUSION = "evaluation", "metrics.json", "confusion.png"
 MOST_NUMBERS = 20  # labels, up to which the picture's cells have their counts written in them
+DPI = 110
 
 
 def matrix(predicted: Sequence[int], true: Sequence[int], n_labels: int) -> NDArray[np.int64]:
@@ -45,21 +47,20 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def picture(counts: NDArray[np.int64], labels: Sequence[str]) -> bytes:
     """The matrix as a PNG: darker is a larger share of the row's examples."""
-    from matplotlib.figure import Figure
-
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     size = 3.0 + 0.45 * min(len(labels), 40)
-    figure = Figure(figsize=(size, size), dpi=110, layout="constrained", facecolor="white")
-    axes = figure.add_subplot()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right")
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_xlabel("predicted")
-    axes.set_ylabel("true")
-    if len(labels) <= MOST_NUMBERS:
-        for (row, column), count in np.ndenumerate(counts):
-            colour = "white" if shares[row, column] > 0.5 else "#333333"
-            axes.text(column, row, str(count), ha="center", va="center", fontsize=8, color=colour)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+
+    def draw(figure: Any) -> None:
+        axes = figure.add_subplot()
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        axes.grid(visible=False)
+        axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right")
+        axes.set_yticks(range(len(labels)), labels)
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("true")
+        if len(labels) <= MOST_NUMBERS:
+            for (row, column), count in np.ndenumerate(counts):
+                colour = "white" if shares[row, column] > 0.5 else INK
+                axes.text(column, row, str(count), ha="center", va="center", fontsize=8, color=colour)
+
+    return png((size, size), draw, DPI, formulas=False)

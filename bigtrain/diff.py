@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from bigtrain.checkpoint.changes import flatten
+from bigtrain.config import flatten
 from bigtrain.errors import BigtrainError
 from bigtrain.hooks.jsonl import read_metrics
 

@@ -1,9 +1,11 @@
-"""Writing files so that neither a reader nor a crash ever finds half of one."""
+"""Writing files so that neither a reader nor a crash ever finds half of one; where the shipped configs are."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+
+from bigtrain.errors import BigtrainError
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -31,3 +33,12 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def conf_dir() -> Path:
+    """The folder of config groups: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).parent
+    for directory in (package / "conf", package.parent / "conf"):
+        if (directory / "config.yaml").is_file():
+            return directory
+    raise BigtrainError(f"the config folder is missing from {package}; install bigtrain again")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bigtrain import pages
 from bigtrain.files import write_atomic
-from bigtrain.report import COLOURS, CSS, STYLE
+from bigtrain.pages import COLOURS
 
 if TYPE_CHECKING:
     from bigtrain.inspect import Inspection
@@ -20,6 +19,7 @@ FOR, AGAINST = COLOURS[0], COLOURS[1]
 MOST_BARS = 20  # words
 MOST_LAYERS, MOST_HEADS = 12, 16  # in the grid of maps
 MOST_NAMES = 60  # tokens along a map
+DPI = 130
 
 
 def write_page(found: Inspection, about: str, out: Path) -> Path:
@@ -38,15 +38,11 @@ def render(found: Inspection, about: str, pictures: dict[str, bytes]) -> str:
         for answer, share in found.answers
     )
     figures = "".join(
-        f'<h2>{title}</h2><figure><img id="{name}" alt="{title}" '
-        f'src="data:image/png;base64,{base64.b64encode(pictures[name]).decode()}"></figure>'
+        f"<h2>{title}</h2>{pages.image(name, pictures[name], title)}"
         for name, title in (("attribution", "What the words contribute"), ("attention", "Where the heads look"))
     )
     title = f"Why {found.question}?"
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)} · bigtrain</title><style>{CSS}{TEXT_CSS}</style></head><body><main>"
+    body = (
         f"<header><h1>{escape(title)}</h1><p>{escape(about)}</p></header>"
         f'<figure class="text">{_coloured(found)}</figure>'
         f'<p class="note"><mark style="background:{FOR}55">speaks for it</mark> '
@@ -55,8 +51,9 @@ def render(found: Inspection, about: str, pictures: dict[str, bytes]) -> str:
         f"{attribution.baseline:.4f} without the text's content to {attribution.score:.4f}; convergence delta "
         f"{attribution.delta:+.4f} after {attribution.steps} steps.</p>"
         f'<h2>What the model says</h2><div class="scroll"><table class="numeric"><tbody>{answers}</tbody></table></div>'
-        f"{figures}</main></body></html>\n"
+        f"{figures}"
     )
+    return pages.page(title, body, TEXT_CSS)
 
 
 def _coloured(found: Inspection) -> str:
@@ -107,7 +104,7 @@ def draw_attribution(found: Inspection) -> bytes:
         axes.set_title(f"For and against {found.question}{few}")
         axes.set_xlabel(f"attribution; convergence delta {found.attribution.delta:+.4f}")
 
-    return _picture((9.0, 1.6 + 0.32 * len(values)), draw)
+    return pages.png((9.0, 1.6 + 0.32 * len(values)), draw, DPI, formulas=False)
 
 
 def draw_attention(found: Inspection) -> bytes:
@@ -141,21 +138,9 @@ def draw_attention(found: Inspection) -> bytes:
                 if head == heads[0]:
                     cell.set_ylabel(f"layer {layer}", fontsize=8)
 
-    return _picture((8.0 + max(3.0, len(heads)), max(7.0, 1.05 * len(layers))), draw)
+    return pages.png((8.0 + max(3.0, len(heads)), max(7.0, 1.05 * len(layers))), draw, DPI, formulas=False)
 
 
 def _spread(count: int, most: int) -> list[int]:
     """At most that many of 0 .. count - 1, from the first to the last."""
     return sorted({int(i) for i in np.linspace(0, count - 1, min(count, most)).round()})
-
-
-def _picture(size: tuple[float, float], draw: Any) -> bytes:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE | {"text.parse_math": False}):  # a text's $ is no formula
-        figure = Figure(figsize=size, dpi=130, layout="constrained", facecolor="white")
-        draw(figure)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-        return buffer.getvalue()

@@ -7,12 +7,9 @@ file: pictures are embedded, nothing is loaded from a network.
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import datetime
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -20,11 +17,11 @@ from typing import Any
 import numpy as np
 import yaml
 
-from bigtrain import __version__
 from bigtrain.confusion import CONFUSION, EVALUATION, METRICS
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.hooks.console import HEADLINES, count, duration
 from bigtrain.hooks.jsonl import read_metrics
+from bigtrain.pages import COLOURS, INK, LARGE, MUTED, SMALL, image, page, picture, table
 from bigtrain.plan import preflight
 from bigtrain.redact import redact
 
@@ -154,36 +151,7 @@ def _flatten(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 # ------------------------------------------------------------------------------------------------ pictures
 
-INK, MUTED, GRID = "#1f2933", "#616e7c", "#e4e7eb"
-# Okabe and Ito's palette, which people with any colour vision can tell apart; then again with another dash.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
-STYLE: dict[str, Any] = {
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.edgecolor": "#cbd2d9",
-    "axes.labelcolor": MUTED,
-    "axes.titlecolor": INK,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 12,
-    "axes.titleweight": "bold",
-    "axes.titlepad": 12,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "grid.color": GRID,
-    "grid.linewidth": 0.8,
-    "xtick.color": MUTED,
-    "ytick.color": MUTED,
-    "xtick.major.size": 0,
-    "ytick.major.size": 0,
-    "legend.edgecolor": "none",
-    "legend.framealpha": 0.85,
-    "lines.solid_capstyle": "round",
-}
 HELD_OUT: dict[str, Any] = {
     "linewidth": 1.0,
     "linestyle": ":",
@@ -192,7 +160,6 @@ HELD_OUT: dict[str, Any] = {
     "markeredgecolor": "white",
     "zorder": 4,
 }
-LARGE, SMALL, DPI = (10.0, 4.6), (4.9, 3.2), 180
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -311,23 +278,6 @@ def _picture(title: str, size: tuple[float, float], draw: Callable[[Any], None])
     return picture(title, size, with_steps)
 
 
-def picture(title: str, size: tuple[float, float], draw: Callable[[Any], None]) -> bytes:
-    """A PNG of what `draw` draws on matplotlib axes."""
-    import matplotlib
-    from matplotlib.figure import Figure  # not pyplot: no window system, no global state
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    with matplotlib.rc_context(STYLE):
-        layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1)  # inches
-        figure = Figure(figsize=size, dpi=DPI, layout=layout, facecolor="white")
-        axes = figure.add_subplot()
-        draw(axes)
-        axes.set_title(title)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-        return buffer.getvalue()
-
-
 def _tick(value: float, position: float) -> str:
     return "0" if value == 0 else count(value) if abs(value) >= 1 else f"{value:.3g}"
 
@@ -426,17 +376,6 @@ def render(runs: list[Run], pictures: dict[str, bytes]) -> str:
     return page(title, "".join(sections))
 
 
-def page(title: str, body: str) -> str:
-    """A self-contained HTML page; `body` is HTML already."""
-    made = f"bigtrain {__version__}, {datetime.now().astimezone():%Y-%m-%d %H:%M %Z}"
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)} · bigtrain</title><style>{CSS}</style></head><body><main>"
-        f"{body}<footer>{escape(made)}</footer></main></body></html>\n"
-    )
-
-
 def _header(runs: list[Run], title: str) -> str:
     if len(runs) > 1:
         about = ", ".join(run.name for run in runs)
@@ -476,11 +415,6 @@ def _image(name: str, png: bytes, runs: list[Run]) -> str:
     return image(name, png, f"{name.replace('_', ' ')} over steps of {', '.join(run.name for run in runs)}")
 
 
-def image(name: str, png: bytes, alt: str) -> str:
-    data = base64.b64encode(png).decode()
-    return f'<figure><img id="{name}" alt="{escape(alt)}" src="data:image/png;base64,{data}"></figure>'
-
-
 def _results(runs: list[Run]) -> str:
     """A row for each number that any run has; the best of several is set in bold."""
     rows = []
@@ -508,10 +442,9 @@ def _labels(run: Run) -> str:
     ]
     data = run.evaluation["data"]
     about = f"{run.evaluation['checkpoint']} on {data if isinstance(data, str) else ', '.join(data)}"
-    source = f"data:image/png;base64,{base64.b64encode(run.confusion).decode()}"
     return (
         f"<h2>Labels</h2><p>{escape(about)}</p>"
-        f'<figure class="square"><img id="confusion" alt="confusion matrix" src="{source}"></figure>'
+        + image("confusion", run.confusion, "confusion matrix", kind="square")
         + table(["", "Precision", "Recall", "F1", "Examples"], rows, numeric=True)
     )
 
@@ -530,49 +463,3 @@ def _setting(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
     return escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
-
-
-def table(head: list[str], rows: list[list[str]], numeric: bool = False) -> str:
-    """Cells are HTML already."""
-    cells = "".join(f'<th scope="col">{cell}</th>' for cell in head)
-    top = f"<thead><tr>{cells}</tr></thead>" if head else ""
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
-    )
-    kind = ' class="numeric"' if numeric else ""
-    return f'<div class="scroll"><table{kind}>{top}<tbody>{body}</tbody></table></div>'
-
-
-CSS = """
-:root { color-scheme: light; --ink: #1f2933; --muted: #616e7c; --line: #e4e7eb; --paper: #f5f7fa; }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5;
-  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", "Liberation Sans", Arial, sans-serif; }
-main { max-width: 1080px; margin: 0 auto; padding: 40px clamp(12px, 3vw, 24px) 56px; }
-h1 { font-size: 28px; letter-spacing: -0.01em; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 17px; margin: 36px 0 12px; }
-header p { color: var(--muted); margin: 4px 0 24px; overflow-wrap: anywhere; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 16px; margin-bottom: 16px; }
-.card, figure, .scroll { background: #fff; border: 1px solid var(--line); border-radius: 10px; }
-.card { padding: 14px 18px; display: flex; flex-direction: column; }
-.card span, .card small { color: var(--muted); font-size: 13px; }
-.card b { font-size: 25px; font-weight: 650; letter-spacing: -0.01em; font-variant-numeric: tabular-nums; }
-figure { margin: 0 0 16px; padding: 14px 16px 10px; }
-figure img { display: block; width: 100%; height: auto; }
-figure.square { max-width: 640px; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 430px), 1fr)); gap: 16px; }
-.grid figure { margin: 0; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: 8px 14px; border-bottom: 1px solid var(--line); }
-tbody tr:last-child > * { border-bottom: 0; }
-thead th { font-size: 13px; color: var(--muted); font-weight: 600; }
-thead th:empty { padding: 0; }
-tbody th { font-weight: 400; color: var(--muted); white-space: nowrap; }
-.numeric td { white-space: nowrap; }
-.numeric td, .numeric thead th:not(:first-child) { text-align: right; }
-details { margin-top: 36px; }
-summary { font-size: 17px; font-weight: 700; cursor: pointer; margin-bottom: 12px; }
-footer { color: var(--muted); font-size: 13px; margin-top: 32px; }
-@media print { body { background: #fff; } }
-"""

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from bigtrain import report
+from bigtrain import pages, report
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.files import write_atomic
 from bigtrain.hooks.console import count
@@ -265,16 +265,16 @@ def draw(ladder: Ladder) -> bytes:
 
     def lines(axes: Any) -> None:
         for at, (ratio, mine) in enumerate(groups):
-            colour = report.COLOURS[at % len(report.COLOURS)]
+            colour = pages.COLOURS[at % len(pages.COLOURS)]
             axes.plot([point.parameters for point in mine], [point.loss for point in mine], "o", color=colour,
                       label=f"{ratio:g} tokens per parameter")  # fmt: skip
             axes.plot(grid, [ladder.fit.law.loss(n, n * ratio) for n in grid], color=colour, linewidth=1.4)
         for prediction, mark in [*((check, "x") for check in ladder.checks), *((one, "*") for one in ladder.next)]:
             low, high = prediction.interval
-            axes.plot([prediction.parameters] * 2, [low, high], color=report.MUTED, linewidth=1)
-            axes.plot([prediction.parameters], [prediction.predicted], mark, color=report.INK, markersize=8, zorder=5)
-        axes.plot([], [], "x", color=report.INK, label="predicted without this size")
-        axes.plot([], [], "*", color=report.INK, label="predicted, not trained")
+            axes.plot([prediction.parameters] * 2, [low, high], color=pages.MUTED, linewidth=1)
+            axes.plot([prediction.parameters], [prediction.predicted], mark, color=pages.INK, markersize=8, zorder=5)
+        axes.plot([], [], "x", color=pages.INK, label="predicted without this size")
+        axes.plot([], [], "*", color=pages.INK, label="predicted, not trained")
         axes.set_xscale("log")
         axes.set_yscale("log")
         axes.set_xticks(sizes, [count(size) for size in sizes])
@@ -284,9 +284,9 @@ def draw(ladder: Ladder) -> bytes:
             axis.set_minor_locator(NullLocator())
         axes.set_xlabel("parameters")
         axes.set_ylabel("held-out loss, nats per token")
-        axes.legend(fontsize=9, labelcolor=report.INK)
+        axes.legend(fontsize=9, labelcolor=pages.INK)
 
-    return report.picture("Scaling ladder", report.LARGE, lines)
+    return pages.picture("Scaling ladder", pages.LARGE, lines)
 
 
 def by_ratio(points: Sequence[Point]) -> list[tuple[float, list[Point]]]:
@@ -323,8 +323,8 @@ def render(ladder: Ladder, png: bytes) -> str:
     percent = f"{INTERVAL[0]:g}% to {INTERVAL[1]:g}% of bootstraps"
     head = ["run", "parameters", "tokens", "tokens per parameter", "loss", "the law's"]
     sections = [
-        "<header><h1>Scaling ladder</h1></header>", report.image("ladder", png, "loss over parameters"), checked, split,
-        "<h2>Constants</h2>", report.table(["", "fit", percent], constants),
-        "<h2>Runs</h2>", report.table(head, rows, numeric=True),
+        "<header><h1>Scaling ladder</h1></header>", pages.image("ladder", png, "loss over parameters"), checked, split,
+        "<h2>Constants</h2>", pages.table(["", "fit", percent], constants),
+        "<h2>Runs</h2>", pages.table(head, rows, numeric=True),
     ]  # fmt: skip
-    return report.page("Scaling ladder", "".join(sections))
+    return pages.page("Scaling ladder", "".join(sections))

@@ -20,10 +20,9 @@ from bigtrain import guards, heartbeat
 from bigtrain.batch import Batch, count_tokens
 from bigtrain.checkpoint import Checkpoint, Keep, changes, facts
 from bigtrain.checkpoint import store as checkpoint_store
-from bigtrain.compress.base import LossFunction, Transform
 from bigtrain.config import Config
 from bigtrain.data.example_loader import Share
-from bigtrain.engine.base import Engine, StepOutcome
+from bigtrain.engine.base import Engine, LossFunction, StepOutcome
 from bigtrain.engine.host import HostGroup
 from bigtrain.engine.unpickling import refusals
 from bigtrain.errors import BigtrainError
@@ -33,6 +32,7 @@ from bigtrain.profile import Profiler
 from bigtrain.schedule import lr_multiplier
 from bigtrain.stragglers import ForwardTimer, Stragglers
 from bigtrain.tasks import Evaluated, Task, Totals, TrainLoader
+from bigtrain.transform import Transform
 
 # Of a forward over the whole held-out set, at least: without gradients there is room, and small ones take their time.
 EVAL_TOKENS = 4096

@@ -80,7 +80,6 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
 
     from bigtrain import compress, models, privacy, tasks
     from bigtrain.checkpoint import store, transfer
-    from bigtrain.compress.base import apply as apply_transforms
     from bigtrain.data.example_loader import Share
     from bigtrain.engine import optimizers, start
     from bigtrain.engine.host import HostGroup
@@ -89,6 +88,7 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
     from bigtrain.models.lora import add_lora
     from bigtrain.plan import preflight
     from bigtrain.trainer import Trainer
+    from bigtrain.transform import apply as apply_transforms
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     train = config.train

@@ -18,6 +18,7 @@ from bigtrain import config as schema
 from bigtrain.checks import check_batch
 from bigtrain.config import GROUPS, Config
 from bigtrain.errors import ConfigError
+from bigtrain.files import conf_dir
 from bigtrain.launch.train import checked
 
 CHOICES = [(group, choice) for group in GROUPS for choice in compose.choices(group)]
@@ -80,7 +81,7 @@ def test_a_tasks_recipe_takes_a_pretrained_model(recipe: str, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=[f"{group}={choice}" for group, choice in CHOICES])
 def test_every_shipped_choice_is_valid(group: str, choice: str) -> None:
-    text = (compose.conf_dir() / group / f"{choice}.yaml").read_text()
+    text = (conf_dir() / group / f"{choice}.yaml").read_text()
     config = composed(f"{group}={choice}", *needed(group, choice, text))
     check_batch(config, 2)
     assert schema.from_dict(yaml.safe_load(schema.dump(config))) == config
@@ -99,7 +100,7 @@ def test_every_kind_of_every_section_has_a_choice() -> None:
     """A dataclass that no file in conf/ offers cannot be reached by name."""
     for group in GROUPS:
         kinds = {kind for kind in _stored_kinds(group) if kind != "default"}
-        texts = " ".join((compose.conf_dir() / group / f"{name}.yaml").read_text() for name in compose.choices(group))
+        texts = " ".join((conf_dir() / group / f"{name}.yaml").read_text() for name in compose.choices(group))
         assert all(re.search(rf"\[_{kind}[,@]", texts) for kind in kinds), group
 
 
@@ -201,7 +202,7 @@ def test_conf_travels_in_the_wheel_and_is_found_there(tmp_path: Path) -> None:
     )  # fmt: skip
     assert yaml.safe_load(done.stdout)["engine"]["stage"] == 1
     found = subprocess.run(
-        [sys.executable, "-c", "from bigtrain.compose import conf_dir; print(conf_dir())"],
+        [sys.executable, "-c", "from bigtrain.files import conf_dir; print(conf_dir())"],
         cwd=site, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert found.stdout.strip() == str(site / "bigtrain" / "conf")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -61,3 +64,28 @@ def test_the_map_of_rooms_is_true() -> None:
     )
     there = {path.name + "/" for path in package.iterdir() if path.is_dir() and not path.name.startswith("_")}
     assert there - {"conf/"} <= named, "a room is missing from the map"
+
+
+def test_imports_flow_one_way() -> None:
+    """Files of the package and its rooms, each room as one: none imports, however indirectly, what imports it."""
+    package = README.parent / "bigtrain"
+    graph: dict[str, set[str]] = {}
+    for file in package.rglob("*.py"):
+        own = file.relative_to(package).with_suffix("").parts[0]
+        for node in _run_imports(ast.parse(file.read_text(encoding="utf-8"))):
+            first, *rest = node.module.split(".") if isinstance(node, ast.ImportFrom) and node.module else [""]
+            if first == "bigtrain":
+                named = rest[:1] or [alias.name for alias in node.names]
+                graph.setdefault(own, set()).update(set(named) - {own})
+    assert {"trainer", "engine"} <= graph["worker"]
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
+
+
+def _run_imports(tree: ast.AST) -> Iterator[ast.ImportFrom]:
+    """All but those for type checkers alone."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.ImportFrom):
+            yield node
+        yield from _run_imports(node)

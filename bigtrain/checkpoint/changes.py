@@ -65,7 +65,7 @@ class Change:
 
 def compare(before: Config, now: Config) -> list[Change]:
     """Every difference but those of no consequence, in the order of the fields."""
-    old, new = flatten(schema.public(before)), flatten(schema.public(now))  # as config.yaml has them
+    old, new = schema.flatten(schema.public(before)), schema.flatten(schema.public(now))  # as config.yaml has them
     if now.model.vocab_size is None:  # follows the tokenizer, which is not made yet
         new["model.vocab_size"] = old.get("model.vocab_size")
     if before.data.prepared_dir and now.data.prepared_dir:  # named by a fingerprint of content and tokenizer
@@ -128,7 +128,7 @@ def check(before: Config, now: Config, other: str | None = None) -> list[Change]
 
 
 def _check_names(before: Config, now: Config) -> None:
-    fields = {*flatten(schema.to_dict(before)), *flatten(schema.to_dict(now))}
+    fields = {*schema.flatten(schema.to_dict(before)), *schema.flatten(schema.to_dict(now))}
     for name in now.resume_allow:
         if not any(_within(field, (name,)) for field in fields):
             near = nearest(name, fields)
@@ -186,14 +186,3 @@ def is_free(key: str) -> bool:
 def _within(key: str, names: tuple[str, ...] | list[str]) -> bool:
     """Whether `key` is one of `names` or lies in one."""
     return any(key == name or key.startswith((f"{name}.", f"{name} (")) for name in names)
-
-
-def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}"""
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

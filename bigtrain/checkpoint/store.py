@@ -27,8 +27,6 @@ from bigtrain import __version__, encryption
 from bigtrain.checkpoint import find, integrity, reshard
 from bigtrain.checkpoint.find import FOLDER, HIDDEN, Checkpoint, Keep, checkpoints, hide_and_remove
 from bigtrain.checkpoint.weights import write_weights
-from bigtrain.compress import base as compress
-from bigtrain.compress.base import Transform
 from bigtrain.config import EncryptionConfig
 from bigtrain.engine.base import Engine, Write
 from bigtrain.engine.host import HostGroup
@@ -36,6 +34,8 @@ from bigtrain.engine.snapshot import fits
 from bigtrain.errors import BigtrainError
 from bigtrain.files import fsync
 from bigtrain.models.lora import merged
+from bigtrain.transform import Transform, path_in
+from bigtrain.transform import load as load_transforms
 
 Files = dict[str, integrity.File]
 BYTES_PER_PARAMETER = 20  # at most: master weights and two moments in fp32, working weights twice in 32 bits
@@ -239,7 +239,7 @@ def load(checkpoint: Checkpoint, engine: Engine, transforms: Sequence[Transform]
     Raises BigtrainError where the engine's state cannot be cut anew, or that of a transform is missing.
     """
     with encryption.readable(checkpoint.path) as path:
-        compress.load(transforms, path, checkpoint.path)
+        load_transforms(transforms, path, checkpoint.path)
         opened = replace(checkpoint, path=path)
         if reshard.needed(opened, engine):
             reshard.load(opened, engine)
@@ -305,7 +305,7 @@ def _random_state(staging: Path, rank: int) -> Write:
 def _state(staging: Path, transform: Transform, host: HostGroup) -> list[Write]:
     """A transform's state as it is now; all ranks take part in it, rank 0 writes."""
     state = transform.state()
-    path = compress.path_in(staging, transform)
+    path = path_in(staging, transform)
 
     def write() -> list[Path]:
         path.parent.mkdir(exist_ok=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from bigtrain.config import Config
 
 if TYPE_CHECKING:
-    from bigtrain.compress.base import Transform
+    from bigtrain.transform import Transform
 
 
 def build(config: Config) -> list[Transform]:

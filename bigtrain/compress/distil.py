@@ -26,13 +26,13 @@ from bigtrain.batch import IGNORED, Batch, LossSums
 from bigtrain.checkpoint.transfer import is_transformers
 from bigtrain.checkpoint.weights import load_matching
 from bigtrain.compress import teacher as teachers
-from bigtrain.compress.base import LossFunction, Transform
 from bigtrain.compress.teacher_cache import TeacherCache
 from bigtrain.config import ClassificationConfig, Config
-from bigtrain.engine.base import Engine
+from bigtrain.engine.base import Engine, LossFunction
 from bigtrain.engine.host import HostGroup
 from bigtrain.models.heads import scored_rows
 from bigtrain.models.soft_targets import SoftTargets, Teacher, TopK, WholeLogits, divergence
+from bigtrain.transform import Transform
 
 LABELLED = ("classification", "tagging")  # tasks whose model gives small logits: there is no head that fuses the loss
 

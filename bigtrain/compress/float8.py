@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from bigtrain.compress.base import Transform
 from bigtrain.compress.layers import choose
 from bigtrain.compress.quantize import torchao
 from bigtrain.compress_config import Float8Config
+from bigtrain.transform import Transform
 
 FIELD = "compress.float8"
 MULTIPLE = 16  # of both sizes of a matrix: what the kernels want

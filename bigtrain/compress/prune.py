@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from bigtrain.compress import select
-from bigtrain.compress.base import Transform
 from bigtrain.compress.layers import Layer, choose
 from bigtrain.compress.masks import Masks, Part
 from bigtrain.compress.schedule import fraction
@@ -28,6 +27,7 @@ from bigtrain.engine.base import Engine
 from bigtrain.engine.host import HostGroup
 from bigtrain.engine.shards import Flat
 from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.transform import Transform
 
 FIELD = "compress.prune"
 SCORE = "score."  # before a weight's name, in a checkpoint: its scores of movement

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 
 from bigtrain import encryption
 from bigtrain.checkpoint.integrity import read_manifest
-from bigtrain.compress.base import Transform, path_in
 from bigtrain.compress.layers import choose
 from bigtrain.compress_config import QuantizeConfig
 from bigtrain.config import Config
 from bigtrain.engine.base import Engine
 from bigtrain.engine.host import HostGroup
 from bigtrain.errors import NO_VALUE, BigtrainError, ConfigError
+from bigtrain.transform import Transform, path_in
 
 FIELD = "compress.quantize"
 EPS = torch.finfo(torch.float32).eps  # the smallest scale, as torchao's Int8Tensor has it

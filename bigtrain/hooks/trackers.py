@@ -17,8 +17,7 @@ from typing import Any
 from accelerate import tracking
 from accelerate.tracking import GeneralTracker, MLflowTracker, TensorBoardTracker
 
-from bigtrain.checkpoint.changes import flatten
-from bigtrain.config import to_dict
+from bigtrain.config import flatten, to_dict
 from bigtrain.files import write_atomic
 from bigtrain.hooks.base import Hook, Metrics, RunInfo
 from bigtrain.hooks.jsonl import read_metrics

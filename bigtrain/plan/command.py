@@ -6,10 +6,8 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from bigtrain.config import Config
-from bigtrain.launch.train import checked
 from bigtrain.plan import answers, clusters, planner, simulation, table
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.options import Options, split
@@ -18,12 +16,11 @@ from bigtrain.plan.result import Plan
 __all__ = ["run", "split"]
 
 
-def run(data: dict[str, Any], options: Options, say: Callable[[str], None]) -> float:
-    """Plan a composed config and print it. Returns the objective of a sweep over plans: seconds of a step.
+def run(config: Config, options: Options, say: Callable[[str], None]) -> float:
+    """Plan a config and print it. Returns the objective of a sweep over plans: seconds of a step.
 
     Raises ConfigError for a config, cluster or option that makes no sense, BigtrainError if the trace fails.
     """
-    config = checked(data)
     cluster = clusters.here(config.launch) if options.cluster == "here" else clusters.find(options.cluster)
     found = answers.answer(options, config, cluster)
     plan = planner.make(found.config, found.cluster, found.tokens)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
 
-from bigtrain import __version__
 from bigtrain.config import Config, DeepSpeedConfig
 from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.pages import COLOURS, INK, LARGE, MUTED, SMALL, image, page, picture
 from bigtrain.plan import money, recommend, simulate, step_time
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.recommend import Recommendation
 from bigtrain.plan.sizes import Sizes
-from bigtrain.report import COLOURS, CSS, DPI, INK, LARGE, MUTED, SMALL, STYLE
 
 Parts = dict[str, float]  # part -> GiB, and `peak`
 Memory = Callable[[Config, Cluster, int], Parts]
@@ -50,10 +47,10 @@ def write_report(subject: Subject, memory: Memory, out: Path) -> Path:
     }
     if found is not None:
         pictures["front"] = draw_front(found)
-    page = render(subject, time, {name: png for name, png in pictures.items() if png is not None})
+    html = render(subject, time, {name: png for name, png in pictures.items() if png is not None})
     try:
         out.mkdir(parents=True, exist_ok=True)
-        (out / "plan.html").write_text(page, encoding="utf-8")
+        (out / "plan.html").write_text(html, encoding="utf-8")
     except OSError as error:
         raise BigtrainError(f"the report cannot be written: {error}") from None
     return out / "plan.html"
@@ -67,21 +64,6 @@ def _searched(subject: Subject) -> Recommendation | None:
 
 
 # ------------------------------------------------------------------------------------------------ pictures
-
-
-def _picture(title: str, size: tuple[float, float], draw: Callable[[Any], None]) -> bytes:
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, dpi=DPI, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1), facecolor="white")
-        axes = figure.add_subplot()
-        axes.set_title(title)
-        draw(axes)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": None})
-        return buffer.getvalue()
 
 
 def memory_by_stage(subject: Subject, memory: Memory) -> dict[str, Parts]:
@@ -141,7 +123,7 @@ def draw_memory(stages: dict[str, Parts], room_gib: float) -> bytes | None:
         axes.grid(visible=False, axis="y")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, fontsize=9, labelcolor=INK)
 
-    return _picture("Memory by ZeRO stage", LARGE, draw)
+    return picture("Memory by ZeRO stage", LARGE, draw)
 
 
 def draw_step(time: step_time.StepTime) -> bytes:
@@ -161,7 +143,7 @@ def draw_step(time: step_time.StepTime) -> bytes:
         axes.set_xlabel(f"seconds of a step: {_short(time.seconds)} ({_short(time.low)} to {_short(time.high)})")
         axes.grid(visible=False, axis="y")
 
-    return _picture("Where a step's time goes", SMALL, draw)
+    return picture("Where a step's time goes", SMALL, draw)
 
 
 def draw_scaling(subject: Subject) -> bytes | None:
@@ -193,7 +175,7 @@ def draw_scaling(subject: Subject) -> bytes | None:
         axes.set_ylabel("tokens per second")
         axes.legend(fontsize=9, labelcolor=INK)
 
-    return _picture("Scaling", SMALL, draw)
+    return picture("Scaling", SMALL, draw)
 
 
 def draw_checkpoints(subject: Subject, time: step_time.StepTime) -> bytes:
@@ -213,7 +195,7 @@ def draw_checkpoints(subject: Subject, time: step_time.StepTime) -> bytes:
         axes.set_xlabel(f"minutes between checkpoints ({told})")
         axes.set_ylabel("% of the time that counts")
 
-    return _picture("Time between checkpoints", SMALL, draw)
+    return picture("Time between checkpoints", SMALL, draw)
 
 
 def _checkpoint(subject: Subject) -> money.CheckpointCost:
@@ -262,7 +244,7 @@ def draw_days(subject: Subject, time: step_time.StepTime) -> bytes | None:
         )
         axes.grid(visible=False, axis="y")
 
-    return _picture("Days of the run", (LARGE[0], 3.1), draw)
+    return picture("Days of the run", (LARGE[0], 3.1), draw)
 
 
 def draw_front(recommendation: Recommendation) -> bytes:
@@ -299,7 +281,7 @@ def draw_front(recommendation: Recommendation) -> bytes:
         axes.margins(0.12)
         axes.legend(fontsize=9, labelcolor=INK)
 
-    return _picture("What cannot be beaten in time, money and memory at once", LARGE, draw)
+    return picture("What cannot be beaten in time, money and memory at once", LARGE, draw)
 
 
 def draw_timeline(timeline: simulate.Timeline) -> bytes:
@@ -330,7 +312,7 @@ def draw_timeline(timeline: simulate.Timeline) -> bytes:
         axes.grid(visible=False, axis="y")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=5, fontsize=9, labelcolor=INK)
 
-    return _picture("Timeline of one rank", (LARGE[0], 3.1), draw)
+    return picture("Timeline of one rank", (LARGE[0], 3.1), draw)
 
 
 def _last_micro_batch(events: list[simulate.Event]) -> list[simulate.Event]:
@@ -374,19 +356,13 @@ def render(subject: Subject, time: step_time.StepTime, pictures: dict[str, bytes
     if subject.recommendation is not None:
         body.append(_recommended(subject.recommendation))
     if "memory" in pictures:
-        body.append(_image("memory", pictures["memory"]))
-    small = "".join(_image(name, png) for name, png in pictures.items() if name not in LARGE_ONES)
+        body.append(image("memory", pictures["memory"], "memory"))
+    small = "".join(image(name, png, name) for name, png in pictures.items() if name not in LARGE_ONES)
     body.append(f'<div class="grid">{small}</div><p></p>')
-    body += [_image(name, pictures[name]) for name in LARGE_ONES[1:] if name in pictures]
+    body += [image(name, pictures[name], name) for name in LARGE_ONES[1:] if name in pictures]
     if time.notes:
         body.append("<h2>How sure</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in time.notes) + "</ul>")
-    body.append(f"<footer>bigtrain {__version__}</footer>")
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)} · bigtrain</title><style>{CSS}</style></head><body><main>"
-        f"{''.join(body)}</main></body></html>\n"
-    )
+    return page(title, "".join(body))
 
 
 def _recommended(found: Recommendation) -> str:
@@ -401,8 +377,3 @@ def _recommended(found: Recommendation) -> str:
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(text)}</td></tr>' for name, text in rows if text
     )
     return f'<div class="scroll"><table><tbody>{cells}</tbody></table></div><p></p>'
-
-
-def _image(name: str, png: bytes) -> str:
-    data = base64.b64encode(png).decode()
-    return f'<figure><img id="{name}" alt="{escape(name)}" src="data:image/png;base64,{data}"></figure>'

@@ -16,10 +16,11 @@ from typing import Any, Literal
 
 import yaml
 
-from bigtrain import checks, compose
+from bigtrain import checks
 from bigtrain import config as schema
 from bigtrain.config import Config, DeepSpeedConfig, accumulation_steps, kinds, micro_batch
 from bigtrain.errors import ConfigError
+from bigtrain.files import conf_dir
 from bigtrain.plan import memory, money, step_time
 from bigtrain.plan import sizes as parameter_sizes
 from bigtrain.plan.clusters import Cluster
@@ -116,7 +117,7 @@ class Candidate:
         from; of train and schedule also what conf/config.yaml sets after them.
         """
         defaults, sections = [], {}
-        recipe = yaml.safe_load((compose.conf_dir() / "config.yaml").read_text(encoding="utf-8"))
+        recipe = yaml.safe_load((conf_dir() / "config.yaml").read_text(encoding="utf-8"))
         real, public = schema.to_dict(self.config), schema.public(self.config)
         for name in ("model", "task", "data", "engine", "optimizer", "schedule", "train", "compress", "launch"):
             part = getattr(self.config, name)

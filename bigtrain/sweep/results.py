@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bigtrain import report
+from bigtrain import pages
 from bigtrain.errors import ConfigError
 from bigtrain.files import write_atomic
 from bigtrain.hooks.console import count, duration
@@ -217,7 +217,7 @@ def _parallel(judged: Sequence[Trial], keys: list[str], name: str, winner: Trial
             heights = [scale.place[column[at]] for scale, column in zip(scales, columns, strict=True)]
             best_one = trial is winner
             axes.plot(
-                range(len(heights)), heights, color=report.COLOURS[1] if best_one else colormaps["viridis"](ranks[at]),
+                range(len(heights)), heights, color=pages.COLOURS[1] if best_one else colormaps["viridis"](ranks[at]),
                 linewidth=2.6 if best_one else 1.3, alpha=1.0 if best_one else 0.75, zorder=5 if best_one else 3,
             )  # fmt: skip
         for at, scale in enumerate(scales):
@@ -229,7 +229,7 @@ def _parallel(judged: Sequence[Trial], keys: list[str], name: str, winner: Trial
         axes.set_xlim(-0.1, len(scales) - 0.6)
         axes.grid(visible=False)
 
-    return report.picture(f"{len(judged)} trials, the best in red", report.LARGE, lines)
+    return pages.picture(f"{len(judged)} trials, the best in red", pages.LARGE, lines)
 
 
 def _scatter(judged: Sequence[Trial], key: str, name: str, winner: Trial) -> bytes:
@@ -238,28 +238,28 @@ def _scatter(judged: Sequence[Trial], key: str, name: str, winner: Trial) -> byt
 
     def points(axes: Any) -> None:
         for trial, value in zip(judged, values, strict=True):
-            colour = report.COLOURS[1] if trial is winner else report.COLOURS[0]
+            colour = pages.COLOURS[1] if trial is winner else pages.COLOURS[0]
             axes.plot([scale.place[value]], [_objective(trial, name)], "o", color=colour)
         axes.set_xticks(*map(list, zip(*scale.ticks, strict=True)))
         axes.set_xlabel(key)
         axes.set_ylabel(_shown(name))
 
-    return report.picture(f"{_shown(name)} over {key}", report.LARGE, points)
+    return pages.picture(f"{_shown(name)} over {key}", pages.LARGE, points)
 
 
 def _tradeoff(judged: Sequence[Trial], names: list[str], front: Sequence[Trial]) -> bytes:
     def points(axes: Any) -> None:
         for trial in judged:
-            colour = report.COLOURS[1] if trial in front else report.MUTED
+            colour = pages.COLOURS[1] if trial in front else pages.MUTED
             place = (_objective(trial, names[1]), _objective(trial, names[0]))
             axes.plot(*place, "o", color=colour)
             axes.annotate(str(trial.number), place, xytext=(5, 3), textcoords="offset points", fontsize=8)
         edge = sorted((_objective(trial, names[1]), _objective(trial, names[0])) for trial in front)
-        axes.plot(*zip(*edge, strict=True), color=report.COLOURS[1], linewidth=1.2)
+        axes.plot(*zip(*edge, strict=True), color=pages.COLOURS[1], linewidth=1.2)
         axes.set_xlabel(_shown(names[1]))
         axes.set_ylabel(_shown(names[0]))
 
-    return report.picture("What no other trial is better than in both", report.LARGE, points)
+    return pages.picture("What no other trial is better than in both", pages.LARGE, points)
 
 
 def render(sweep: Path, every: Sequence[Trial], front: Sequence[Trial], pictures: dict[str, bytes]) -> str:
@@ -278,9 +278,9 @@ def render(sweep: Path, every: Sequence[Trial], front: Sequence[Trial], pictures
         rows.append([str(trial.number), *(f"<b>{escape(cell)}</b>" if bold else escape(cell) for cell in cells)])
     counts = {status: sum(trial.status == status for trial in every) for status in ("finished", "pruned", "failed")}
     about = " · ".join(f"{number} {status}" for status, number in counts.items() if number)
-    return report.page(
+    return pages.page(
         sweep.name,
         f"<header><h1>{escape(sweep.resolve().name)}</h1><p>{escape(about)}</p></header>"
-        + "".join(report.image(name, png, f"{name} of the trials") for name, png in pictures.items())
-        + f"<h2>Trials</h2>{report.table([escape(cell) for cell in head], rows)}",
+        + "".join(pages.image(name, png, f"{name} of the trials") for name, png in pictures.items())
+        + f"<h2>Trials</h2>{pages.table([escape(cell) for cell in head], rows)}",
     )

@@ -14,7 +14,6 @@ from bigtrain import compress, tasks
 from bigtrain.checkpoint import checkpoints
 from bigtrain.checkpoint.find import Keep
 from bigtrain.checkpoint.store import Saver, load
-from bigtrain.compress.base import apply
 from bigtrain.compress.prune import Prune
 from bigtrain.compress.quantize import Quantize
 from bigtrain.compress.quantize import trained as trained_quantized
@@ -24,6 +23,7 @@ from bigtrain.engine import start
 from bigtrain.engine.host import HostGroup
 from bigtrain.errors import BigtrainError
 from bigtrain.schedule import lr_multiplier
+from bigtrain.transform import apply
 from tests.distributed.curves import join
 
 

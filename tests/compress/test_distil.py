@@ -18,7 +18,7 @@ from bigtrain import config as schema
 from bigtrain.batch import IGNORED
 from bigtrain.checkpoint import newest
 from bigtrain.checkpoint.weights import load_into, read_weights
-from bigtrain.compress import distil, model_directory, teacher
+from bigtrain.compress import distil, teacher
 from bigtrain.compress.distil import Distil
 from bigtrain.compress_config import DistilConfig
 from bigtrain.config import Config
@@ -27,6 +27,7 @@ from bigtrain.engine.host import HostGroup
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.export import export
 from bigtrain.launch import train as launch
+from bigtrain.post_training import model_directory
 from tests.distributed.ranks import run_ranks
 
 SHARE = Share(0, 1, 4, 4, 0)

@@ -10,13 +10,13 @@ from torch import nn
 
 from bigtrain import models
 from bigtrain.checks import check
-from bigtrain.compress import base
 from bigtrain.compress.layers import choose
 from bigtrain.compress.prune import Prune
 from bigtrain.compress_config import PruneConfig
 from bigtrain.config import DecoderConfig, EncoderConfig, from_dict
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.hardware import cpu_has_fp16
+from bigtrain.transform import load
 from tests.distributed.curves import ENGINES
 from tests.distributed.ranks import run_ranks
 
@@ -193,4 +193,4 @@ def test_what_is_frozen_is_not_pruned() -> None:
 
 def test_a_checkpoint_without_masks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BigtrainError, match=r"holds no state of compress\.prune .*cannot be continued.*init_from="):
-        base.load([Prune(PruneConfig())], tmp_path, tmp_path)
+        load([Prune(PruneConfig())], tmp_path, tmp_path)

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from bigtrain import checks, models
 from bigtrain.compress import quantize
-from bigtrain.compress.base import load
 from bigtrain.compress.float8 import Float8
 from bigtrain.compress.quantize import Quantize, Scheme
 from bigtrain.compress_config import Float8Config, PruneConfig, QuantizeConfig
 from bigtrain.config import AccelerateConfig, Config, DecoderConfig, DeepSpeedConfig, EncoderConfig, Seq2SeqConfig
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.hardware import Placement, check_precision
+from bigtrain.transform import load
 from tests.distributed.curves import ENGINES
 from tests.distributed.ranks import run_ranks
 

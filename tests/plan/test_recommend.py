@@ -181,7 +181,7 @@ def plan(*arguments: str) -> str:
     said: list[str] = []
 
     def job(found: compose.Job) -> float:
-        return command.run(found.data, options, said.append)
+        return command.run(checked(found.data), options, said.append)
 
     compose.run(overrides, job)
     return "\n".join(said)

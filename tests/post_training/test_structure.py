@@ -13,12 +13,12 @@ import torch
 from bigtrain import models
 from bigtrain.batch import LossSums
 from bigtrain.checkpoint.weights import write_weights
-from bigtrain.compress import structure
-from bigtrain.compress.structure import Cut, choose, importances, shrink, silence
 from bigtrain.config import DecoderConfig, EncoderConfig, HuggingFaceConfig, Seq2SeqConfig
 from bigtrain.errors import ConfigError
 from bigtrain.models import huggingface
 from bigtrain.models.heads import ClassificationHead, MaskedLMHead
+from bigtrain.post_training import structure
+from bigtrain.post_training.structure import Cut, choose, importances, shrink, silence
 from bigtrain.tasks.labelled import WithHead
 
 GPT = DecoderConfig(dim=32, n_layers=3, n_heads=4, vocab_size=64, max_seq_len=16, ffn_dim=48)

@@ -14,10 +14,7 @@ from torch import Tensor, nn
 from bigtrain import config as schema
 from bigtrain import evaluate, tasks
 from bigtrain.checkpoint import inference, newest
-from bigtrain.compress import model_directory, oneshot, quantize, recipe, structure
-from bigtrain.compress.page import cells, write_page
-from bigtrain.compress.recipe import Recipe
-from bigtrain.compress.timer import Timer
+from bigtrain.compress import quantize
 from bigtrain.compress_config import CompressConfig, DistilConfig, PruneConfig, QuantizeConfig
 from bigtrain.config import Config
 from bigtrain.data.example_loader import Share
@@ -27,6 +24,10 @@ from bigtrain.files import write_atomic
 from bigtrain.launch import Stopped
 from bigtrain.launch import train as launch
 from bigtrain.models.stored import StoredTensors
+from bigtrain.post_training import model_directory, oneshot, recipe, structure
+from bigtrain.post_training.page import cells, write_page
+from bigtrain.post_training.recipe import Recipe
+from bigtrain.post_training.timer import Timer
 from bigtrain.worker import LABELS
 
 DENSE = "dense"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from bigtrain.files import write_atomic
-from bigtrain.report import COLOURS, CSS, STYLE
+from bigtrain.pages import COLOURS, LARGE, image, page, picture, table
 
 SMALLER_IS_BETTER = ("eval/perplexity", "eval/loss")
 
@@ -30,13 +28,9 @@ def size(row: dict[str, Any]) -> float:
 
 def draw(found: dict[str, Any]) -> bytes:
     """A point for each recipe: megabytes across, quality up (perplexity and loss: better is lower)."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
     rows, name = found["rows"], found["quality"]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(9.5, 4.6), dpi=110, layout="constrained", facecolor="white")
-        axes = figure.add_subplot()
+
+    def points(axes: Any) -> None:
         for index, row in enumerate(rows):
             colour, mark = COLOURS[index % len(COLOURS)], "os^DvPX*"[index // len(COLOURS) % 8]
             name_of = row["recipe"] if row["disk_bytes"] is not None else f"{row['recipe']} (not written)"
@@ -48,39 +42,27 @@ def draw(found: dict[str, Any]) -> bytes:
         if name in SMALLER_IS_BETTER:
             axes.invert_yaxis()
         axes.margins(x=0.12, y=0.12)
-        axes.set_title("Quality against size: up and to the left is better")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+
+    return picture("Quality against size: up and to the left is better", LARGE, points)
 
 
 def render(found: dict[str, Any], png: bytes) -> str:
     quality = found["quality"].removeprefix("eval/")
-    head = (
+    head = [
         "recipe", "parameters", "non-zero", "MB on disk", "held-out loss", quality, "ms, batch 1", "ms, batch 32",
         "mJ, batch 1", "mJ, batch 32",
-    )  # fmt: skip
-    body = "".join(
-        f'<tr><th scope="row">{escape(row["recipe"])}</th>'
-        + "".join(f"<td>{cell}</td>" for cell in cells(row))
-        + "</tr>"
-        for row in found["rows"]
-    )
-    names = "".join(f"<th>{escape(name)}</th>" for name in head)
+    ]  # fmt: skip
+    rows = [[escape(row["recipe"]), *cells(row)] for row in found["rows"]]
     machine, first = found["machine"], found["rows"][0]
     title = f"What compression does to {Path(found['source']).name}"
     trained = f"{found['recover_steps']} steps of recovery" if found["recover_steps"] else "one shot, no training"
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)} · bigtrain</title><style>{CSS}</style></head><body><main>"
+    return page(
+        title,
         f"<header><h1>{escape(title)}</h1><p>{escape(found['task'])}; {trained}; {escape(machine['processor'])},"
         f" {machine['threads']} threads{', compiled' if machine['compiled'] else ''}; energy is time by"
         f" {first['batch_1_watts']:.1f} W ({escape(first['batch_1_watts_source'])}).</p></header>"
-        f'<figure><img id="quality_size" alt="Quality against size" src="data:image/png;base64,'
-        f'{base64.b64encode(png).decode()}"></figure>'
-        f'<div class="scroll"><table class="numeric"><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
-        "</main></body></html>\n"
+        + image("quality_size", png, "Quality against size")
+        + table(head, rows, numeric=True),
     )
 
 

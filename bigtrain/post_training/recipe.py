@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from bigtrain.compress.structure import PARTS, Cut
 from bigtrain.compress_config import PruneConfig, RampConfig, n_of_m
 from bigtrain.errors import ConfigError, nearest
+from bigtrain.post_training.structure import PARTS, Cut
 
 METHODS = ("magnitude", "wanda")
 QUANTIZED = ("int8", "int4", "int8_dynamic")

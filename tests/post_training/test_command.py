@@ -11,12 +11,12 @@ import torch
 from bigtrain import config as schema
 from bigtrain.checkpoint import newest
 from bigtrain.checkpoint.weights import iterate_weights, read_weights
-from bigtrain.compress import command, model_directory, recipe
-from bigtrain.compress.command import Options
-from bigtrain.compress.recipe import parse
-from bigtrain.compress.structure import Cut
 from bigtrain.errors import ConfigError
 from bigtrain.export import export
+from bigtrain.post_training import command, model_directory, recipe
+from bigtrain.post_training.command import Options
+from bigtrain.post_training.recipe import parse
+from bigtrain.post_training.structure import Cut
 from tests.runs import bigtrain
 
 QUICK = Options(calibration_batches=1, watts=20.0)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from bigtrain.batch import Batch, LossSums
-from bigtrain.engine.base import Engine
+from bigtrain.engine.base import Engine, LossFunction
 from bigtrain.engine.host import HostGroup
 from bigtrain.errors import BigtrainError
 
-LossFunction = Callable[[nn.Module, Batch], LossSums]
 FOLDER = "compress"  # of a checkpoint: a file of tensors for each transform that has state
 
 

@@ -4,7 +4,7 @@ As many processes as `train` would start run the same kernels at the same time, 
 what one alone reaches is not what a rank gets. Every figure is the median of several tries: the best is what a kernel
 does between two moments of the others, and a step is the sum of many. The whole takes half a minute.
 
-    python -m bigtrain.plan.measure RANK RANKS THREADS PORT DEVICE SECONDS    is one of those processes
+    python -m bigtrain.measure RANK RANKS THREADS PORT DEVICE SECONDS    is one of those processes
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def _ranks(ranks: int, threads: int, device: str, budget_seconds: float) -> dict
     told = [str(ranks), str(threads), str(port), device, str(budget_seconds)]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "bigtrain.plan.measure", str(rank), *told],
+            [sys.executable, "-m", "bigtrain.measure", str(rank), *told],
             env=environment | {"LOCAL_RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in range(ranks)

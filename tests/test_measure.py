@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bigtrain import hardware
+from bigtrain import hardware, measure
 from bigtrain.config import Config, DecoderConfig, DeepSpeedConfig, LaunchConfig, TrainConfig
 from bigtrain.errors import BigtrainError
-from bigtrain.plan import clusters, measure, sizes, step_time
+from bigtrain.plan import clusters, sizes, step_time
 from bigtrain.plan.efficiency import CPU, of
 
 

@@ -1,0 +1,1 @@
+"""Post-training compression of a finished model, `bigtrain compress`: cut, prune, quantize, and measure each."""
