@@ -9,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bigtrain import config as configuration
-from bigtrain import encryption
+from bigtrain import encryption, sentence_encoder
 from bigtrain.checkpoint import checkpoints, newest
 from bigtrain.checkpoint.weights import iterate_weights, write_weights
 from bigtrain.compress import quantize as quantization
@@ -81,6 +82,9 @@ def export_quantized(run: Path, out: Path, format: str, quantize: str | None) ->
     if config.task.kind == "translation":
         problem = "is of models that read one text, and RUN's reads two: its source and what it has written"
         raise ConfigError("--format", format, problem, "take huggingface")
+    if sentence_encoder.is_one(config):
+        problem = "is of transformers' classes, of which none classifies by the mean (model.pooling) of a text's tokens"
+        raise ConfigError("--format", format, problem, "take huggingface, which sentence-transformers reads then")
     found = quantization.trained(config, checkpoint)
     if found is not None and quantize is not None:
         problem = "RUN has trained with quantized weights, and they are what is written"
@@ -148,7 +152,7 @@ def _staging(out: Path) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
-        for path in (*staging.glob("*.safetensors"), *staging.glob("*.onnx")):
+        for path in (*staging.rglob("*.safetensors"), *staging.glob("*.onnx")):
             shutil.copymode(staging / "config.json", path)  # safetensors lets nobody else read what it writes
         staging.rename(out)
     except BaseException:
@@ -180,8 +184,12 @@ def _mapped(
         from bigtrain.models.huggingface import auto
 
         return auto.to_huggingface(config.model, weights, task.kind, names, problem_type(config), tokens)
+    model = config.model
+    if sentence_encoder.is_one(config):
+        assert isinstance(model, EncoderConfig)
+        model = replace(model, pooler=False)  # nothing reads the first token
     settings, tensors = to_huggingface(
-        config.model, weights, architecture(config), names, problem_type(config), tokens.get("pad_token_id", 0)
+        model, weights, architecture(config), names, problem_type(config), tokens.get("pad_token_id", 0)
     )
     settings |= {name: tokens.get(name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     if isinstance(task, (ClassificationConfig, TaggingConfig)):
@@ -195,10 +203,16 @@ def _write(
     run: Path, config: Config, checkpoint: Path, staging: Path, weights: Iterator[tuple[str, Tensor]], name: str
 ) -> dict[str, Any]:
     """All files of a Hugging Face directory into `staging`; its config.json."""
+    after_mean: dict[str, Tensor] = {}
+    if sentence_encoder.is_one(config):
+        weights = sentence_encoder.set_apart(weights, after_mean)
     settings, tensors = _mapped(run, config, weights)
     tokenizer, tokens = read_tokenizer(run, config)
     write_weights(staging, tensors)
     write_json(staging / "config.json", settings)
+    if after_mean:
+        assert isinstance(config.model, EncoderConfig)
+        sentence_encoder.write_modules(staging, config.model, after_mean)
     if config.task.kind in (*CAUSAL, "translation"):
         write_json(staging / "generation_config.json", generation_config(config, tokenizer, tokens))
     if isinstance(config.model, Seq2SeqConfig):
@@ -219,6 +233,8 @@ def architecture(config: Config) -> str:
     """What the exported model is for, as to_huggingface calls it."""
     if isinstance(config.task, MaskedLMConfig) and config.task.sentence != "none":
         return "pretraining"
+    if sentence_encoder.is_one(config):
+        return "base"
     return "causal_lm" if config.task.kind in CAUSAL else config.task.kind
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from bigtrain import __version__
+from bigtrain import __version__, sentence_encoder
 from bigtrain.config import Config, to_dict
 from bigtrain.models import count_parameters
 from bigtrain.redact import redact
@@ -48,14 +48,26 @@ USES = {
         "print(tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True))",
     ),
 }  # fmt: skip
+# What transformers has no class for, sentence-transformers reads (sentence_encoder.py).
+SENTENCE_ENCODER = (
+    "from sentence_transformers import SentenceTransformer\n\n"
+    'model = SentenceTransformer("{name}")\n'
+    'print(model.encode("A text."), model[0].auto_model.config.id2label)  # logits'
+)
 USES["instruction"] = USES["causal_lm"]
 
 
 def model_card(run: Path, name: str, config: Config, checkpoint: Path) -> str:
     """Markdown with the hub's YAML header. Secrets and the training machine's folders are left out of it."""
     pipeline, auto_class, example = USES[config.task.kind]
+    use = (
+        f"from transformers import {auto_class}, AutoTokenizer\n\n"
+        f'model = {auto_class}.from_pretrained("{name}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n{example}'
+    )
+    by_mean = sentence_encoder.is_one(config)
     header = {
-        "library_name": "transformers",
+        "library_name": "sentence-transformers" if by_mean else "transformers",
         "pipeline_tag": pipeline,
         "license": "unknown",
         "tags": ["bigtrain", config.task.kind],
@@ -82,9 +94,7 @@ def model_card(run: Path, name: str, config: Config, checkpoint: Path) -> str:
         f"# {name}",
         _table(("", ""), rows),
         "## Licence\n\nNot chosen yet: name it here and in the header (`license`). Mind the licence of the data.",
-        f"## Use\n\n```python\nfrom transformers import {auto_class}, AutoTokenizer\n\n"
-        f'model = {auto_class}.from_pretrained("{name}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n{example}\n```',
+        f"## Use\n\n```python\n{SENTENCE_ENCODER.format(name=name) if by_mean else use}\n```",
         "## Metrics\n\n" + (_table(("metric", "value"), metrics) if metrics else "The run has no result yet."),
         f"## Config\n\n```yaml\n{sections}```",
     ]

