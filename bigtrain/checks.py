@@ -18,10 +18,12 @@ from bigtrain.config import (
     EncoderConfig,
     HuggingFaceConfig,
     LabelledDataConfig,
+    Llama3ScalingConfig,
     MaskedLMConfig,
     ModelConfig,
     MuonConfig,
     QuestionAnsweringConfig,
+    RopeScalingConfig,
     Seq2SeqConfig,
     TextDataConfig,
     TrainConfig,
@@ -79,6 +81,21 @@ def _check_model(model: ModelConfig) -> None:
     elif model.positions == "rotary" and head_dim(model) % 2:
         size = "model.head_dim" if model.head_dim else "dim/n_heads"
         raise ConfigError("model.positions", "rotary", f"needs an even head size, but {size} is {head_dim(model)}")
+    if isinstance(model, DecoderConfig) and model.rope_scaling is not None:
+        _check_rope_scaling(model, model.rope_scaling)
+
+
+def _check_rope_scaling(model: DecoderConfig, scaling: RopeScalingConfig) -> None:
+    at = "model.rope_scaling"
+    if model.positions != "rotary":
+        raise ConfigError(at, scaling.kind, f"model.positions={model.positions}: there are no turns to slow down")
+    if not 1 <= scaling.factor < float("inf"):
+        raise ConfigError(f"{at}.factor", scaling.factor, "must be 1 or more: how many times as long contexts get")
+    if isinstance(scaling, Llama3ScalingConfig):
+        _positive(f"{at}.original_max_seq_len", scaling.original_max_seq_len)
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        if not 0 < low < high < float("inf"):
+            raise ConfigError(f"{at}.low_freq_factor", low, f"must be above 0 and below high_freq_factor={high}")
 
 
 def _check_task(config: Config) -> None:

@@ -29,6 +29,29 @@ T = TypeVar("T")
 
 
 @dataclass
+class LinearScalingConfig:
+    """Position interpolation (arXiv 2306.15595): position p turns as p / factor did."""
+
+    kind: Literal["linear"] = "linear"
+    factor: float = 1.0
+
+
+@dataclass
+class Llama3ScalingConfig:
+    """Llama 3.1's: dimensions that turn at least high_freq_factor times over the original context stay as they are,
+    those that turn at most low_freq_factor times turn as p / factor did, the ones between them in between."""
+
+    kind: Literal["llama3"] = "llama3"
+    factor: float = 8.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_seq_len: int = 8192
+
+
+RopeScalingConfig = LinearScalingConfig | Llama3ScalingConfig
+
+
+@dataclass
 class DecoderConfig:
     """A causal Transformer: GPT-2 style and Llama style are two settings of the same fields."""
 
@@ -43,6 +66,7 @@ class DecoderConfig:
     max_seq_len: int = 256
     positions: Literal["learned", "rotary"] = "learned"
     rope_theta: float = 10_000.0
+    rope_scaling: RopeScalingConfig | None = None  # for contexts longer than those of the first training
     norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     norm_eps: float = 1e-5
     activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu_tanh"
@@ -130,8 +154,10 @@ class PretrainedConfig:
     max_seq_len: int | None = None  # shorter sequences than the model could take
     n_layers: int | None = None  # fewer: the first ones' weights, or with compress.distil.init_from_teacher others
     dropout: float | None = None
-    unpadded: bool | None = None  # of an encoder, as is the next
-    pooling: Literal["first", "mean"] | None = None  # mean: without the pooler, which was trained on first tokens
+    unpadded: bool | None = None  # of an encoder
+    rope_scaling: RopeScalingConfig | None = None  # of a decoder with rotary positions, with a longer max_seq_len
+    # Of an encoder; mean: without its pooler, which was trained on first tokens.
+    pooling: Literal["first", "mean"] | None = None
 
 
 # ----------------------------------------------------------------------------------------------------- task

@@ -237,7 +237,10 @@ UNPADDED, ADVERSARIAL = "tagging model.unpadded=true", "classification task.adve
     ("engine", "task"),
     [
         # What is hard with sharded weights, all of it.
-        ("zero3", "classification task.adversarial=pgd task.adversarial_steps=2 model.unpadded=true model.pooling=mean"),
+        (
+            "zero3",
+            "classification task.adversarial=pgd task.adversarial_steps=2 model.unpadded=true model.pooling=mean",
+        ),
         ("accelerate", UNPADDED),
         pytest.param("zero3", UNPADDED, marks=pytest.mark.soak),
         pytest.param("accelerate", ADVERSARIAL, marks=pytest.mark.soak),

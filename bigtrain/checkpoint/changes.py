@@ -33,6 +33,7 @@ _LISTED = ("engine", "compress.prune.schedule", "compress.quantize.start", "comp
 _REFUSED = {
     "model.dropout": None,  # (None: it is not)
     "model.rope_theta": "positions would mean something else to the weights",
+    "model.rope_scaling": "positions would mean something else to the weights",
     "model": "the weights would not fit",
     "task.kind": "another head and another loss",
     "data.tokenizer.path": None,  # the tokenizer itself is compared

@@ -13,6 +13,7 @@ from bigtrain import config as schema
 from bigtrain.config import (
     ClassificationConfig,
     Config,
+    DecoderConfig,
     EncoderConfig,
     HuggingFaceConfig,
     PretrainedConfig,
@@ -66,6 +67,11 @@ def resolved(data: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(found, EncoderConfig):
             raise ConfigError(f"model.{name}", value, f"for encoders only; {path} has a {found.kind}")
         setattr(found, name, value)
+    if asked.rope_scaling is not None:
+        if not isinstance(found, DecoderConfig):
+            problem = f"for decoders only; {path} has a {found.kind}"
+            raise ConfigError("model.rope_scaling", asked.rope_scaling.kind, problem)
+        found.rope_scaling = asked.rope_scaling
     if isinstance(found, EncoderConfig) and asked.pooling == "mean":
         found.pooler = False
     changed: dict[str, Any] = {"model": schema.to_dict(found)}

@@ -83,7 +83,8 @@ class Decoder(Network):
         if self.config.positions == "learned":
             x = x + self.positions(positions)
         else:
-            cos, sin = rotary_table(positions, head_dim(self.config), self.config.rope_theta, x.dtype)
+            config = self.config
+            cos, sin = rotary_table(positions, head_dim(config), config.rope_theta, x.dtype, config.rope_scaling)
             rotary = (cos.unsqueeze(-2), sin.unsqueeze(-2))  # the same for every head
         mask = attention_pattern(length, past, document_ids, attention_mask, tokens.device)
         x = self.dropout(x)

@@ -8,13 +8,22 @@ one seed gives the same weights at every precision and ZeRO stage.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bigtrain.config import DecoderConfig, EncoderConfig, OurModelConfig, head_dim, starts_normed
+from bigtrain.config import (
+    DecoderConfig,
+    EncoderConfig,
+    LinearScalingConfig,
+    OurModelConfig,
+    RopeScalingConfig,
+    head_dim,
+    starts_normed,
+)
 from bigtrain.models import cpu_kernels
 from bigtrain.models.unpadded import Unpadded
 
@@ -72,16 +81,31 @@ def make_norm(config: OurModelConfig) -> nn.Module:
     return nn.LayerNorm(config.dim, config.norm_eps, bias=config.bias)
 
 
-def rotary_table(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype, scaling: RopeScalingConfig | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin of RoPE (arXiv 2104.09864), each (..., T, head_dim) for positions (..., T).
 
     Angles are float32: a bfloat16 one is off by whole turns from position 256 on. Computed once a forward, so that
     the model has no buffer that the meta device or `zero.Init` could lose.
     """
     exponents = torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim
-    angles = positions.float().unsqueeze(-1) * theta**-exponents
+    frequencies = theta**-exponents  # radians a position
+    if scaling is not None:
+        frequencies = _scaled(frequencies, scaling)
+    angles = positions.float().unsqueeze(-1) * frequencies
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def _scaled(frequencies: Tensor, scaling: RopeScalingConfig) -> Tensor:
+    """(head_dim / 2,) -> as slow as a longer context wants them."""
+    if isinstance(scaling, LinearScalingConfig):
+        return frequencies / scaling.factor
+    turns = scaling.original_max_seq_len * frequencies / (2 * math.pi)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def apply_rotary(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

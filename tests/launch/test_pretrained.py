@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from bigtrain.config import Config, DecoderConfig, EncoderConfig, TaggingConfig, dump, from_dict, to_dict
+from bigtrain.config import (
+    Config,
+    DecoderConfig,
+    EncoderConfig,
+    LinearScalingConfig,
+    TaggingConfig,
+    dump,
+    from_dict,
+    to_dict,
+)
 from bigtrain.errors import ConfigError
 from bigtrain.launch.pretrained import pooling_advice, resolved
 
@@ -66,6 +75,10 @@ def test_a_run(tmp_path: Path) -> None:
     assert config.model == replace(model, max_seq_len=128)
     assert config.init_from == "elsewhere"
     assert config.data.tokenizer.path == "mine"
+    data["model"] = composed(path=str(tmp_path), max_seq_len=128, rope_scaling={"kind": "linear", "factor": 4})["model"]
+    assert from_dict(resolved(data)).model == replace(
+        model, max_seq_len=128, rope_scaling=LinearScalingConfig(factor=4)
+    )
     for name, value in (("unpadded", True), ("pooling", "mean")):
         data["model"] = composed(path=str(tmp_path))["model"] | {name: value}
         with pytest.raises(ConfigError, match=rf"model\.{name}={value!r}: for encoders only; .* has a decoder"):

@@ -36,6 +36,10 @@ MODERNBERT = {
     "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96, "vocab_size": 97,
     "max_position_embeddings": 32, "pad_token_id": 1, "layer_types": ["full_attention"] * 2,
 }  # fmt: skip
+LLAMA3_ROPE = {  # of eight frequencies two stay, one is in between, five turn as p / 8
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
 DECODERS = {
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2),
     "gpt2-untied": ("GPT2LMHeadModel", "GPT2Config", GPT2 | {"tie_word_embeddings": False, "n_inner": 80}),
@@ -44,6 +48,12 @@ DECODERS = {
     "llama-tied": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"tie_word_embeddings": True, "rope_theta": 500.0}),
     "llama-multihead": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"num_key_value_heads": 4}),
     "llama-bias": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"attention_bias": True, "mlp_bias": True}),
+    "llama-3.1": ("LlamaForCausalLM", "LlamaConfig", LLAMA | {"rope_parameters": LLAMA3_ROPE}),
+    "llama-linear": (
+        "LlamaForCausalLM",
+        "LlamaConfig",
+        LLAMA | {"rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+    ),
     "mistral": ("MistralForCausalLM", "MistralConfig", LLAMA | {"sliding_window": None}),
 }
 TOKENS = torch.randint(97, (2, 16), generator=torch.Generator().manual_seed(1))
@@ -364,7 +374,12 @@ def rewrite(directory: Path, rename: Any, more: dict[str, Tensor] | None = None,
 @pytest.mark.parametrize(
     ("name", "config", "values", "message"),
     [
-        ("LlamaModel", "LlamaConfig", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling="),
+        (
+            "LlamaModel",
+            "LlamaConfig",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}},
+            "rope_scaling=.*linear,",
+        ),
         ("LlamaModel", "LlamaConfig", {"hidden_act": "gelu"}, "hidden_act=gelu"),
         ("LlamaModel", "LlamaConfig", {"attention_bias": True}, "attention_bias=True: our layers have biases"),
         ("MistralModel", "MistralConfig", {"sliding_window": 8}, "sliding_window=8: our attention sees"),

@@ -241,6 +241,7 @@ def test_what_does_not_fit_says_what_would(capsys: pytest.CaptureFixture[str]) -
     assert not plan(capsys, *keys, "engine=zero0")["fits"]
 
 
+LLAMA = ["model=llama_20m"]
 WRONG = [
     (["clustr=h100"], "clustr: unknown key; did you mean cluster?"),
     (["cluster=h1000"], "cluster='h1000': unknown; did you mean h100?"),
@@ -252,6 +253,10 @@ WRONG = [
     (["goal=fast"], "goal='fast': not a valid choice; one of none, time, cost, memory"),
     (["explain=perhaps"], "explain='perhaps': wrong type, true or false is wanted"),
     (["model.dim=100", "model.n_heads=7"], "model.dim=100: not divisible by model.n_heads=7"),
+    (["model.rope_scaling={kind:linear,factor:4}"], "model.rope_scaling='linear': model.positions=learned"),
+    ([*LLAMA, "model.rope_scaling={kind:linear,factor:0.5}"], "model.rope_scaling.factor=0.5: must be 1 or more"),
+    ([*LLAMA, "model.rope_scaling={kind:llama3,high_freq_factor:1}"], "model.rope_scaling.low_freq_factor=1.0: must"),
+    ([*LLAMA, "model.rope_scaling={kind:yarn}"], "model.rope_scaling.kind='yarn': unknown; one of linear, llama3"),
 ]
 
 

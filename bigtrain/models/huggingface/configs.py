@@ -9,10 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from bigtrain.config import DecoderConfig, EncoderConfig, OurModelConfig, Seq2SeqConfig
+from bigtrain.config import (
+    DecoderConfig,
+    EncoderConfig,
+    LinearScalingConfig,
+    Llama3ScalingConfig,
+    OurModelConfig,
+    RopeScalingConfig,
+    Seq2SeqConfig,
+)
 from bigtrain.errors import ConfigError
 from bigtrain.models.huggingface import seq2seq
 from bigtrain.models.huggingface.importing import open_weights
+from bigtrain.models.huggingface.names import ROPE_SCALINGS
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +139,7 @@ def _gpt2(theirs: Any, refuse: Refuse) -> DecoderConfig:
 
 def _llama(theirs: Any, refuse: Refuse) -> DecoderConfig:
     """Llama, and Mistral where it attends to the whole context."""
-    theta = _rope_theta(theirs.rope_parameters or {}, refuse)
+    theta, scaling = _rope(theirs.rope_parameters or {}, refuse)
     if theirs.hidden_act != "silu":
         raise refuse("hidden_act", theirs.hidden_act, "our gated feed-forward layer has silu (swiglu)")
     window = getattr(theirs, "sliding_window", None)
@@ -150,6 +159,7 @@ def _llama(theirs: Any, refuse: Refuse) -> DecoderConfig:
         max_seq_len=theirs.max_position_embeddings,
         positions="rotary",
         rope_theta=theta,
+        rope_scaling=scaling,
         norm="rmsnorm",
         norm_eps=theirs.rms_norm_eps,
         activation="swiglu",
@@ -160,13 +170,18 @@ def _llama(theirs: Any, refuse: Refuse) -> DecoderConfig:
     )
 
 
-def _rope_theta(parameters: dict[str, Any], refuse: Refuse) -> float:
+def _rope(parameters: dict[str, Any], refuse: Refuse) -> tuple[float, RopeScalingConfig | None]:
     rope = dict(parameters)
-    theta = rope.pop("rope_theta", 10_000.0)
+    theta = float(rope.pop("rope_theta", 10_000.0))
     rope.pop("type", None)  # the older name of rope_type, which transformers fills in from it
-    if rope.pop("rope_type", "default") != "default" or rope.pop("partial_rotary_factor", 1.0) != 1.0 or rope:
-        raise refuse("rope_scaling", parameters, "our rotary positions are not scaled")
-    return float(theta)
+    kind, partial = rope.pop("rope_type", "default"), rope.pop("partial_rotary_factor", 1.0)
+    names = ROPE_SCALINGS.get(kind)
+    if names is None or rope.keys() != names.keys() or partial != 1.0:
+        raise refuse("rope_scaling", parameters, f"our rotary positions know {', '.join(ROPE_SCALINGS)}")
+    settings = {ours: rope[name] for name, ours in names.items()}
+    if kind == "default":
+        return theta, None
+    return theta, LinearScalingConfig(**settings) if kind == "linear" else Llama3ScalingConfig(**settings)
 
 
 def _bert(theirs: Any, refuse: Refuse) -> EncoderConfig:
@@ -229,6 +244,9 @@ def _modernbert(theirs: Any, refuse: Refuse) -> EncoderConfig:
         raise refuse("hidden_activation", theirs.hidden_activation, f"one of {', '.join(GATED)} is wanted")
     if theirs.classifier_activation != "gelu":
         raise refuse("classifier_activation", theirs.classifier_activation, "our head for masked words has gelu")
+    theta, scaling = _rope(theirs.rope_parameters["full_attention"], refuse)
+    if scaling is not None:
+        raise refuse("rope_scaling", theirs.rope_parameters, "our encoder's rotary positions are not scaled")
     for name in ("norm_bias", "mlp_bias", "classifier_bias"):
         if getattr(theirs, name) != theirs.attention_bias:
             raise refuse(name, getattr(theirs, name), "our layers have biases everywhere or nowhere")
@@ -240,7 +258,7 @@ def _modernbert(theirs: Any, refuse: Refuse) -> EncoderConfig:
         vocab_size=theirs.vocab_size,
         max_seq_len=theirs.max_position_embeddings,
         positions="rotary",
-        rope_theta=_rope_theta(theirs.rope_parameters["full_attention"], refuse),
+        rope_theta=theta,
         token_types=0,
         norm_eps=theirs.norm_eps,
         norm_first=True,

@@ -21,6 +21,7 @@ from bigtrain.models.huggingface.names import (
     LLAMA,
     MODERNBERT,
     ROBERTA,
+    ROPE_SCALINGS,
     Family,
     Rule,
     family_of,
@@ -330,11 +331,19 @@ def _llama(config: DecoderConfig) -> dict[str, Any]:
         "attention_bias": config.bias,
         "mlp_bias": config.bias,
         "attention_dropout": config.dropout,
-        "rope_theta": config.rope_theta,  # where transformers 4 looks for it
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,  # where transformers 4 looks for it, as for the next
+        "rope_scaling": _rope(config) if config.rope_scaling is not None else None,
+        "rope_parameters": _rope(config),
         "initializer_range": config.init_std,
         "tie_word_embeddings": config.tie_embeddings,
     }
+
+
+def _rope(config: DecoderConfig) -> dict[str, Any]:
+    scaling = config.rope_scaling
+    kind = "default" if scaling is None else scaling.kind
+    settings = {theirs: getattr(scaling, ours) for theirs, ours in ROPE_SCALINGS[kind].items()}
+    return {"rope_type": kind, "rope_theta": config.rope_theta} | settings
 
 
 def _bert(config: EncoderConfig) -> dict[str, Any]:

@@ -11,6 +11,15 @@ from torch import Tensor
 from bigtrain.config import DecoderConfig, EncoderConfig, OurModelConfig, Seq2SeqConfig, head_dim
 
 BACKBONE, HEAD, PAIR_HEAD = "backbone.", "head.", "pair_head."
+# rope_type -> the settings beside it and rope_theta, and our names of them.
+ROPE_SCALINGS: dict[str, dict[str, str]] = {
+    "default": {},
+    "linear": {"factor": "factor"},
+    "llama3": {
+        "factor": "factor", "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "original_max_seq_len",
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
