@@ -160,4 +160,4 @@ def _architecture(path: Path) -> schema.ModelConfig:
         return schema.load(path / "config.yaml").model
     from bigtrain.models import huggingface
 
-    return huggingface.read_config(path)
+    return huggingface.read_config(path, "model.path")

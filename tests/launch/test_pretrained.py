@@ -104,6 +104,12 @@ def test_bad_input(model: dict[str, Any], said: str) -> None:
         resolved(composed(**model))
 
 
+def test_a_model_that_is_not_ours(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ConfigError, match=r"^model\.path='.*': its model_type is qwen2; .*; model=hf trains others"):
+        resolved(composed(path=str(tmp_path)))
+
+
 def test_a_hub_model_from_the_local_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the hub's client lays it out; nothing is asked of the network."""
     folder, revision = tmp_path / "models--org--mini", "0" * 40

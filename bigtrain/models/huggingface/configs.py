@@ -56,7 +56,8 @@ def read_config(directory: Path, key: str = "init_from") -> OurModelConfig:
     """
     values, kind = read_values(directory, key)
     if kind not in _READERS:
-        raise ConfigError(key, str(directory), f"its model_type is {kind}", f"one of {', '.join(_READERS)} is wanted")
+        way_out = f"one of {', '.join(_READERS)} is wanted; model=hf trains others in transformers' code"
+        raise ConfigError(key, str(directory), f"its model_type is {kind}", way_out)
 
     def refuse(name: str, value: Any, problem: str) -> ConfigError:
         return ConfigError(key, str(directory), f"its config.json has {name}={value}: {problem}")
