@@ -59,5 +59,5 @@ def build(
         from bigtrain.engine.accelerate import AccelerateEngine
 
         built = AccelerateEngine(config, build_model, device)
-    built.model.in_engine = True  # type: ignore[assignment]  # too late for transforms (compress/base.py)
+    built.model.in_engine = True  # type: ignore[assignment]  # too late for transforms (transform.py)
     return built
