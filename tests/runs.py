@@ -6,8 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from tests import forked
+from tests.distributed import ranks
 
 TINY = ["experiment=tiny", "logger.progress=false"]  # 0.1M parameters, 20 steps, fp32, two ranks
 
@@ -16,14 +20,35 @@ def command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "bigtrain.cli", *arguments]
 
 
-def bigtrain(*arguments: str, cwd: Path | None = None, expect: int = 0, timeout: float = 600) -> str:
-    """Run the command to its end; its output. Fails unless it exits with `expect`."""
+def bigtrain(
+    *arguments: str, cwd: Path | None = None, expect: int = 0, timeout: float = 600, fresh: bool = False
+) -> str:
+    """Run the command to its end; its output. Fails unless it exits with `expect`.
+
+    Its processes are forked (tests/forked.py says what that shows and what not); with `fresh` they are started.
+    """
+    status, output = (_started if fresh else _forked)(arguments, cwd, timeout)
+    assert status == expect, f"exit status {status}, not {expect}:\n{output}\n{_logs(arguments)}"
+    return output
+
+
+def _started(arguments: tuple[str, ...], cwd: Path | None, timeout: float) -> tuple[int, str]:
     done = subprocess.run(
         command(*arguments), cwd=cwd, capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
     )
-    output = done.stdout + done.stderr
-    assert done.returncode == expect, f"exit status {done.returncode}, not {expect}:\n{output}\n{_logs(arguments)}"
-    return output
+    return done.returncode, done.stdout + done.stderr
+
+
+def _forked(arguments: tuple[str, ...], cwd: Path | None, timeout: float) -> tuple[int, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        process = ranks.fork(forked.run, list(arguments), dict(os.environ), str(cwd or os.getcwd()), str(out), str(err))
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+            raise subprocess.TimeoutExpired(command(*arguments), timeout)
+        return process.exitcode, "".join(path.read_text(errors="replace") for path in (out, err) if path.exists())
 
 
 def _logs(arguments: tuple[str, ...]) -> str:

@@ -46,6 +46,14 @@ def start(function: Callable[..., None], world_size: int, *arguments: Any) -> li
     return processes
 
 
+def fork(function: Callable[..., None], *arguments: Any) -> BaseProcess:
+    """One process that calls `function(*arguments)` where everything is imported."""
+    _serve()
+    process = _FORKS.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
 def _serve() -> None:
     """Have the fork server run, which finds modules from where it is started."""
     _FORKS.set_forkserver_preload([ZYGOTE])
