@@ -7,6 +7,7 @@ argument, 130 for an interrupt. BIGTRAIN_TRACEBACK=1 shows the traceback too.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shlex
@@ -23,20 +24,23 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bigtrain import __version__
+from bigtrain import __version__, terminal
 from bigtrain.config import Config, EncryptionConfig
 from bigtrain.errors import BigtrainError, ConfigError
-from bigtrain.launch import Stopped
+from bigtrain.launch import Stopped, foreign
 from bigtrain.redact import redact
 
 if TYPE_CHECKING:
     from bigtrain.compose import Job
 
 INTERRUPTED = 130
+LONG = ("train", "prepare", "verify", "reproduce", "compress", "evaluate")  # that go on when nobody reads them
+COMPOSED = ("train", "prepare", "verify", "plan")  # the commands whose arguments are Hydra's
 
 
 def main() -> None:
     """Entry point: run a command, say in one line what went wrong, exit with its status."""
+    terminal.settle(goes_on=sys.argv[1:2] in [[name] for name in LONG])
     sys.exit(_run(sys.argv[1:]))
 
 
@@ -51,16 +55,23 @@ def _run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone: `bigtrain ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _say_no_more()
         return 1
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
     except BigtrainError as error:
         return _fail(str(error), error.exit_code)
     except OSError as error:
+        if not error.filename:  # of a stream: what it could not take must not be tried again on the way out
+            _say_no_more()
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     except Exception as error:
-        return _fail(f"{type(error).__name__}: {error}; this is a bug, its traceback is in {_write_traceback()}", 1)
+        return _fail(f"{type(error).__name__}: {error}; this is a bug, {_write_traceback()}", 1)
+
+
+def _say_no_more() -> None:
+    with contextlib.suppress(OSError, ValueError):  # not a stream of the system's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say_problem(message: str) -> None:
@@ -75,14 +86,21 @@ def _fail(message: str, status: int) -> int:
 
 
 def _write_traceback() -> str:
-    with tempfile.NamedTemporaryFile("w", prefix="bigtrain-", suffix=".log", delete=False) as file:
-        file.write(redact(traceback.format_exc()))
-    return file.name
+    """Where the traceback of the exception in hand has been put, in words."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", errors="backslashreplace", prefix="bigtrain-", suffix=".log", delete=False
+        ) as file:
+            file.write(redact(traceback.format_exc()))
+    except OSError:
+        return "BIGTRAIN_TRACEBACK=1 shows its traceback"
+    return f"its traceback is in {file.name}"
 
 
 @click.group(name="bigtrain")
 @click.version_option(__version__, prog_name="bigtrain")
-def command() -> None:
+@click.pass_context
+def command(context: click.Context) -> None:
     """Train large models under DeepSpeed ZeRO, from a laptop to a cluster, from one config.
 
     \b
@@ -90,6 +108,9 @@ def command() -> None:
     bigtrain train model=llama_20m train.steps=500        change anything
     bigtrain generate RUN --prompt "def main"             write with what was trained
     """
+    if context.invoked_subcommand not in COMPOSED:  # what is composed may name any variable, and its ranks see none
+        for name in foreign.found(os.environ):
+            del os.environ[name]
 
 
 # ------------------------------------------------------------------------------- commands that compose a run

@@ -145,10 +145,11 @@ class HostfileBackend:
 
     def variables(self, folder: Path) -> dict[str, str]:
         """Of the launcher itself. Nothing that it would export by name but PYTHONPATH, which is looked at before."""
+        away = local.taken_away()
         kept = {
             name: value
             for name, value in os.environ.items()
-            if name not in local.FOREIGN and (name == "PYTHONPATH" or not name.startswith(_EXPORTED))
+            if name not in away and (name == "PYTHONPATH" or not name.startswith(_EXPORTED))
         }
         options = " ".join(nodes.ssh_options(self.launch))
         return kept | {

@@ -16,7 +16,7 @@ from bigtrain.checkpoint.changes import Change
 from bigtrain.checkpoint.find import Checkpoint
 from bigtrain.config import LABELLED_TASKS, VOCABULARY_MULTIPLE, Config, DeepSpeedConfig, objective_names
 from bigtrain.errors import BigtrainError, ConfigError, unknown_key
-from bigtrain.launch import Stopped, ops, pretrained, run_dir, ways
+from bigtrain.launch import Stopped, foreign, ops, pretrained, run_dir, ways
 from bigtrain.plan import preflight
 from bigtrain.redact import redact
 
@@ -68,6 +68,8 @@ def train(config: Config, say: Callable[[str], None], continue_command: Callable
     if shown_only:
         say(way.show(config))
         return math.nan
+    if names := [name for name in foreign.settings(os.environ) if name not in config.launch.env]:
+        say(f"left behind by another launcher, does not count here: {', '.join(names)} (launch.env sets variables)")
     preflight.check(config, placement)
     path = Path(config.run_dir)
     with run_dir.only_for_owner(path, config.launch.private), run_dir.claim(path):
