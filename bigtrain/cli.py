@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bigtrain import __version__, terminal
+from bigtrain import __version__, files, terminal
 from bigtrain.config import Config, EncryptionConfig
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.launch import Stopped, foreign
@@ -40,8 +40,16 @@ COMPOSED = ("train", "prepare", "verify", "plan")  # the commands whose argument
 
 def main() -> None:
     """Entry point: run a command, say in one line what went wrong, exit with its status."""
+    sys.exit(_settled())
+
+
+def _settled() -> int:
     terminal.settle(goes_on=sys.argv[1:2] in [[name] for name in LONG])
-    sys.exit(_run(sys.argv[1:]))
+    here = files.enter_somewhere()
+    status = _run(sys.argv[1:])
+    if not here and not status:
+        click.echo("bigtrain: warning: the current directory is gone; this ran in /", err=True)
+    return status
 
 
 def _run(arguments: list[str]) -> int:
@@ -66,6 +74,8 @@ def _run(arguments: list[str]) -> int:
             _say_no_more()
         return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
     except Exception as error:
+        if isinstance(error, RuntimeError) and "home directory" in str(error):  # Path.expanduser, wherever it is
+            return _fail("the home directory is not known: set HOME, or name a path that does not begin with ~", 1)
         return _fail(f"{type(error).__name__}: {error}; this is a bug, {_write_traceback()}", 1)
 
 

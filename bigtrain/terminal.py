@@ -1,7 +1,7 @@
 """The standard streams, whatever they are: closed, full, without a reader, or unable to show a letter.
 
 A reader that leaves (`bigtrain train | head`), a full disk behind `> log` or a terminal that hung up must not end hours
-of training, and a letter that the terminal cannot show is written as its number (`gr\\xf6\\xdfe`), never a reason to fail.
+of training, and a letter that the terminal cannot show is written as its number (`gr\\xf6\\xdfe`), no reason to fail.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigtrain import checks, encryption, hardware, privacy
+from bigtrain import checks, encryption, files, hardware, privacy
 from bigtrain import config as schema
 from bigtrain.checkpoint import changes
 from bigtrain.checkpoint.changes import Change
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 def checked(data: dict[str, Any]) -> Config:
     """Plain data -> a config that holds together. Raises ConfigError."""
     config = pretrained.with_teacher(schema.from_dict(pretrained.resolved(data)))
+    _check_paths(config)
     checks.check(config)
     encryption.check(config.train.encryption)
     for name in ("run_dir", "data.cache_dir"):
@@ -47,6 +48,23 @@ def checked(data: dict[str, Any]) -> Config:
         init_from=_absolute(config.init_from) if config.init_from is not None else None,
         launch=replace(config.launch, hostfile=_absolute(config.launch.hostfile) if config.launch.hostfile else None),
     )
+
+
+def _check_paths(config: Config) -> None:
+    """A path of no letters would be the current directory, and that may be gone, as the home directory may."""
+    for field, value in schema.flatten(schema.to_dict(config)).items():
+        if field.endswith(("path", "_dir", "_file", "hostfile", "init_from", "resume", "ssh_config")):
+            for text in value if isinstance(value, list) else [value]:
+                if not isinstance(text, str) or (field == "resume" and text in ("auto", "required", "never")):
+                    continue
+                if not text.strip() or "\0" in text:
+                    raise ConfigError(field, text, "is no path", "name one, or leave the key out")
+                if os.path.expanduser(text).startswith("~") and not os.path.exists(text):
+                    raise ConfigError(field, text, "there is no such home directory", "set HOME, or name another path")
+                if files.directory_lost and not os.path.isabs(os.path.expanduser(text)):
+                    raise ConfigError(
+                        field, text, "the current directory is gone", "cd to one that exists, or name a whole path"
+                    )
 
 
 def _absolute(path: str) -> str:

@@ -21,8 +21,8 @@ LEFT = {
     "PARALLELISM_CONFIG_TP_SIZE": "2", "MEGATRON_LM_TP_DEGREE": "2", "SM_HP_MP_PARAMETERS": "{}",
 }  # fmt: skip
 KEPT = {
-    "PATH": "/bin", "NCCL_DEBUG": "INFO", "OMPI_MCA_btl": "tcp", "SLURM_JOB_ID": "7", "WANDB_NAME": "a", "HF_HOME": "/h",
-    "OMP_PROC_BIND": "close", "TORCH_EXTENSIONS_DIR": "/t", "SMALL": "1",
+    "PATH": "/bin", "NCCL_DEBUG": "INFO", "OMPI_MCA_btl": "tcp", "SLURM_JOB_ID": "7", "WANDB_NAME": "a",
+    "HF_HOME": "/h", "OMP_PROC_BIND": "close", "TORCH_EXTENSIONS_DIR": "/t", "SMALL": "1",
 }  # fmt: skip
 
 
@@ -62,7 +62,8 @@ def test_the_config_says_whether_torchrun_started_the_ranks(tmp_path: Path) -> N
 def test_all_that_accelerate_reads_of_the_environment_is_known() -> None:
     """A new version of it may have new words."""
     spec = find_spec("accelerate")
-    assert spec is not None and spec.submodule_search_locations
+    assert spec is not None
+    assert spec.submodule_search_locations
     folder = Path(spec.submodule_search_locations[0])
     text = "".join((folder / name).read_text() for name in ("accelerator.py", "state.py", "utils/dataclasses.py"))
     read = set(re.findall(r'(?:environ\.get|environ|parse_flag_from_env|parse_choice_from_env)[(\[]\s*"(\w+)"', text))
