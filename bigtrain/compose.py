@@ -201,8 +201,7 @@ def _prepared(override: str, sweep: bool) -> str:
         raise ConfigError(key, value, "only bigtrain plan takes it", "where train runs, launch says")
     if "/" in group or key.startswith(("hydra", "~")):
         return override
-    if not key.startswith("+"):
-        key = f"++{key}"
+    key = f"++{key.lstrip('+')}"  # every key of the schema is there: a single + would always be refused
     if value[:1] not in tuple("[{('\"") and not (sweep and "," in value) and not _readable(override):
         return f"{key}={_quoted(value)}"
     return f"{key}={_as_text(key.lstrip('+'), value, sweep)}"
@@ -230,8 +229,8 @@ def _as_text(key: str, value: str, sweep: bool) -> str:
     try:
         return ",".join(_text(part, hints, null_is_text) for part in parts)
     except _NotRead:
-        closed = value.strip()[-1:] in ("]", "}", ")", "'", '"')
-        return value if closed or sweep or _readable(f"key={value}") else _quoted(value)  # [ab]*.txt
+        a_pattern = re.match(r"\[[^\]]*\].*[^\]]$|\{[^}]*\}.*[^}]$|\([^)]*\).*[^)]$", value)  # [ab]*.txt, no torn list
+        return _quoted(value) if a_pattern and not sweep else value
 
 
 class _NotRead(Exception):
@@ -489,7 +488,7 @@ def _not_composed(error: Exception, folders: list[Path]) -> BigtrainError:
         return _without_package(name[1], folders)
     if isinstance(error, yaml.MarkedYAMLError):
         return UsageError(_yaml_problem(error))
-    for folder in folders:
+    for folder in [] if isinstance(error, HydraException) else folders:  # that one says itself what it is about
         for path in sorted(folder.rglob("*.yaml")):
             if line := _unreadable(path):
                 return ConfigError("--config-dir", str(folder), line)

@@ -52,7 +52,8 @@ def read(launch: LaunchConfig) -> list[Host]:
             continue
         match = _LINE.fullmatch(text)
         if match is None or match["host"].startswith("-"):
-            raise ConfigError("launch.hostfile", path, f"line {number} is not `host slots=N`: {text!r}", _way_out(text))
+            shown = text if text.isprintable() else repr(text)
+            raise ConfigError("launch.hostfile", path, f"line {number} is not `host slots=N`: {shown}", _way_out(text))
         if match["host"] in hosts:
             raise ConfigError("launch.hostfile", path, f"line {number} names {match['host']} again", "a line per host")
         if int(match["slots"]) < 1:
