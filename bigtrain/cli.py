@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 LONG = ("train", "prepare", "verify", "reproduce", "compress", "evaluate")  # that go on when nobody reads them
+# With these what is printed is all that there is of a command.
+SHOWS = ("--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help", "launch=dryrun", "launch.dry_run=true")
 COMPOSED = ("train", "prepare", "verify", "plan")  # the commands whose arguments are Hydra's
 
 
@@ -44,7 +46,9 @@ def main() -> None:
 
 
 def _settled() -> int:
-    terminal.settle(goes_on=sys.argv[1:2] in [[name] for name in LONG])
+    told = sys.argv[1:]
+    only_shown = any(argument.partition("=")[0] in SHOWS or argument in SHOWS for argument in told)
+    terminal.settle(goes_on=told[:1] in [[name] for name in LONG] and not only_shown)
     here = files.enter_somewhere()
     status = _run(sys.argv[1:])
     if not here and not status:
@@ -72,7 +76,8 @@ def _run(arguments: list[str]) -> int:
     except OSError as error:
         if not error.filename:  # of a stream: what it could not take must not be tried again on the way out
             _say_no_more()
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+        what = error.filename or "a file or a stream could not be read or written"
+        return _fail(f"{what}: {error.strerror or error}", 1)
     except Exception as error:
         if isinstance(error, RuntimeError) and "home directory" in str(error):  # Path.expanduser, wherever it is
             return _fail("the home directory is not known: set HOME, or name a path that does not begin with ~", 1)

@@ -106,7 +106,7 @@ def run(
             data = _resolved(composed)
             context = HydraConfig.get()
             if "experiment" in data:
-                raise _without_package(f"experiment/{context.runtime.choices.experiment}", _folders(flags))
+                raise _without_package(f"experiment/{context.runtime.choices['experiment']}", _folders(flags))
             sweeping = context.mode == RunMode.MULTIRUN
             if sweeping:
                 data["run_dir"] = context.runtime.output_dir  # hydra.sweep.dir is run_dir: run_dir/<job number>

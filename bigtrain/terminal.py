@@ -69,7 +69,7 @@ def settle(goes_on: bool) -> None:
             stream.reconfigure(errors="backslashreplace")
     if sys.stderr is sys.__stderr__:
         sys.stderr = outliving(2, getattr(sys.stderr, "encoding", None) or "utf-8", lambda error: None)
-    if goes_on and sys.stdout is sys.__stdout__:
+    if goes_on and sys.stdout is not None and sys.stdout is sys.__stdout__:
         sys.stdout.flush()
         sys.stdout = outliving(1, encoding(), _say_lost)
 

@@ -38,6 +38,7 @@ from bigtrain.terminal import encoding, outliving, settle
 if TYPE_CHECKING:
     from bigtrain.engine.host import HostGroup
 
+lost_terminal: list[str] = []  # of this process
 LABELS = "labels.json"  # in the run directory: the names of the numbers that a classifier gives
 
 
@@ -212,8 +213,8 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
                 privacy.forget(run_dir)
             hooks.on_end(result)
             hooks.close()
-            if hooks.problems:
-                write_atomic(run_dir / "result.json", json.dumps(result | {"warnings": hooks.problems}, indent=1))
+            if warnings := hooks.problems + lost_terminal:
+                write_atomic(run_dir / "result.json", json.dumps(result | {"warnings": warnings}, indent=1))
     except BaseException as error:
         hooks.on_failure(error)
         raise
@@ -243,11 +244,13 @@ def read_config(path: Path, sha256: str) -> Config:
 
 
 def redirect_output(run_dir: Path, rank: int) -> TextIO:
-    """Send what libraries print to logs/rank-N.log. Returns the terminal, for our own words on rank 0."""
+    """Send what libraries print to logs/rank-N.log. Returns the terminal, for our own words on rank 0. If it is lost,
+    the run goes on, and `lost_terminal` has the line that says so."""
     settle(goes_on=True)
 
     def lost(error: OSError) -> None:
-        print(f"the terminal is lost ({error.strerror or error}); the run goes on", file=sys.stderr)  # into the log
+        lost_terminal.append(f"standard output is lost ({error.strerror or error}); the run went on without it")
+        print(lost_terminal[-1], file=sys.stderr)  # into the log
 
     terminal = outliving(os.dup(1), encoding(), lost)
     (run_dir / "logs").mkdir(exist_ok=True)

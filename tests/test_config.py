@@ -148,7 +148,8 @@ def test_the_default_recipe_is_what_the_issue_names() -> None:
         (["experiment=tiny", "train.steps=3"], lambda c: (c.train.steps, c.model.dim) == (3, 64)),
         (["logger=wandb", "logger.wandb.tags=[a,b]"], lambda c: c.logger.wandb.tags == ["a", "b"]),
         (["logger.wandb.name=1e-3", "logger.wandb.group=007", "+logger.wandb.job_type=true",
-          "++logger.wandb.entity=null", "logger.wandb.tags=[v2,3,1e3,null,true,'q,r',2024-11-29]", "run_dir=/2024_11_29"],
+          "++logger.wandb.entity=null",
+          "logger.wandb.tags=[v2,3,1e3,null,true,'q,r',2024-11-29]", "run_dir=/2024_11_29"],
          lambda c: c.run_dir == "/2024_11_29" and c.logger.wandb == schema.WandbConfig(
              name="1e-3", group="007", job_type="true", tags=["v2", "3", "1e3", "null", "true", "q,r", "2024-11-29"])),
         (["launch.env={A: 1e-3,B: yes,C: false}", "launch.env.D=null", "launch.env.E=0,1", "launch.slurm.time=30",
