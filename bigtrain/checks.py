@@ -27,6 +27,7 @@ from bigtrain.config import (
     Seq2SeqConfig,
     TextDataConfig,
     TrainConfig,
+    WandbConfig,
     head_dim,
     micro_batch,
     objective_names,
@@ -264,6 +265,10 @@ def _check_train(config: Config) -> None:
         _positive(f"train.{name}", getattr(train, name), 0)
     _positive("logger.log_every", config.logger.log_every)
     _positive("logger.wandb.stall_seconds", config.logger.wandb.stall_seconds, 0)
+    if config.logger.wandb.enabled:
+        _check_wandb(config.logger.wandb)
+    if "mlflow" in config.logger.trackers and not config.logger.mlflow_experiment.strip():
+        raise ConfigError("logger.mlflow_experiment", config.logger.mlflow_experiment, "empty", "name an experiment")
     for name in config.logger.trackers:
         if name not in TRACKERS:
             raise ConfigError("logger.trackers", name, "unknown", f"of {', '.join(TRACKERS)}")
@@ -291,6 +296,27 @@ def _check_train(config: Config) -> None:
         raise ConfigError("train.objective", train.objective, "empty", "name a number of result.json, like eval/loss")
     if config.resume == "":
         raise ConfigError("resume", config.resume, "empty", "auto, required, never, or a directory")
+
+
+def _check_wandb(wandb: WandbConfig) -> None:
+    """What wandb would refuse when the ranks have started, or its server when the run is uploaded."""
+    if find_spec("wandb") is None:
+        raise ConfigError("logger.wandb.enabled", True, "needs the package wandb", "pip install wandb")
+    limits = {"project": 128, "entity": 128, "name": 128, "group": 128, "job_type": 128}
+    texts = {f"logger.wandb.{name}": (getattr(wandb, name), limit) for name, limit in limits.items()}
+    texts |= {f"logger.wandb.tags[{number}]": (tag, 64) for number, tag in enumerate(wandb.tags)}
+    for field, (text, limit) in texts.items():
+        if text is not None and not text.strip():
+            raise ConfigError(field, text, "empty", "name one, or leave it out")
+        if text is not None and len(text) > limit:
+            raise ConfigError(field, text, f"has {len(text)} characters, wandb takes {limit}")
+    for name in ("project", "entity"):
+        refused = [sign for sign in "/\\#?%:" if sign in (getattr(wandb, name) or "")]
+        if refused:
+            way_out = "a team is logger.wandb.entity" if name == "project" and refused == ["/"] else ""
+            raise ConfigError(
+                f"logger.wandb.{name}", getattr(wandb, name), f"wandb takes no {' '.join(refused)} in it", way_out
+            )
 
 
 def _check_guard(train: TrainConfig) -> None:

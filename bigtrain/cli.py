@@ -7,6 +7,7 @@ argument, 130 for an interrupt. BIGTRAIN_TRACEBACK=1 shows the traceback too.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import shlex
@@ -23,21 +24,36 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bigtrain import __version__
+from bigtrain import __version__, files, terminal
 from bigtrain.config import Config, EncryptionConfig
 from bigtrain.errors import BigtrainError, ConfigError
-from bigtrain.launch import Stopped
+from bigtrain.launch import Stopped, foreign
 from bigtrain.redact import redact
 
 if TYPE_CHECKING:
     from bigtrain.compose import Job
 
 INTERRUPTED = 130
+LONG = ("train", "prepare", "verify", "reproduce", "compress", "evaluate")  # that go on when nobody reads them
+# With these what is printed is all that there is of a command.
+SHOWS = ("--cfg", "-c", "--info", "-i", "--help", "-h", "--hydra-help", "launch=dryrun", "launch.dry_run=true")
+COMPOSED = ("train", "prepare", "verify", "plan")  # the commands whose arguments are Hydra's
 
 
 def main() -> None:
     """Entry point: run a command, say in one line what went wrong, exit with its status."""
-    sys.exit(_run(sys.argv[1:]))
+    sys.exit(_settled())
+
+
+def _settled() -> int:
+    told = sys.argv[1:]
+    only_shown = any(argument.partition("=")[0] in SHOWS or argument in SHOWS for argument in told)
+    terminal.settle(goes_on=told[:1] in [[name] for name in LONG] and not only_shown)
+    here = files.enter_somewhere()
+    status = _run(sys.argv[1:])
+    if not here and not status:
+        click.echo("bigtrain: warning: the current directory is gone; this ran in /", err=True)
+    return status
 
 
 def _run(arguments: list[str]) -> int:
@@ -51,16 +67,26 @@ def _run(arguments: list[str]) -> int:
     except (KeyboardInterrupt, click.Abort):
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone: `bigtrain ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _say_no_more()
         return 1
     except click.ClickException as error:
         return _fail(error.format_message(), error.exit_code)
     except BigtrainError as error:
         return _fail(str(error), error.exit_code)
     except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 1)
+        if not error.filename:  # of a stream: what it could not take must not be tried again on the way out
+            _say_no_more()
+        what = error.filename or "a file or a stream could not be read or written"
+        return _fail(f"{what}: {error.strerror or error}", 1)
     except Exception as error:
-        return _fail(f"{type(error).__name__}: {error}; this is a bug, its traceback is in {_write_traceback()}", 1)
+        if isinstance(error, RuntimeError) and "home directory" in str(error):  # Path.expanduser, wherever it is
+            return _fail("the home directory is not known: set HOME, or name a path that does not begin with ~", 1)
+        return _fail(f"{type(error).__name__}: {error}; this is a bug, {_write_traceback()}", 1)
+
+
+def _say_no_more() -> None:
+    with contextlib.suppress(OSError, ValueError):  # not a stream of the system's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say_problem(message: str) -> None:
@@ -75,14 +101,21 @@ def _fail(message: str, status: int) -> int:
 
 
 def _write_traceback() -> str:
-    with tempfile.NamedTemporaryFile("w", prefix="bigtrain-", suffix=".log", delete=False) as file:
-        file.write(redact(traceback.format_exc()))
-    return file.name
+    """Where the traceback of the exception in hand has been put, in words."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", errors="backslashreplace", prefix="bigtrain-", suffix=".log", delete=False
+        ) as file:
+            file.write(redact(traceback.format_exc()))
+    except OSError:
+        return "BIGTRAIN_TRACEBACK=1 shows its traceback"
+    return f"its traceback is in {file.name}"
 
 
 @click.group(name="bigtrain")
 @click.version_option(__version__, prog_name="bigtrain")
-def command() -> None:
+@click.pass_context
+def command(context: click.Context) -> None:
     """Train large models under DeepSpeed ZeRO, from a laptop to a cluster, from one config.
 
     \b
@@ -90,6 +123,9 @@ def command() -> None:
     bigtrain train model=llama_20m train.steps=500        change anything
     bigtrain generate RUN --prompt "def main"             write with what was trained
     """
+    if context.invoked_subcommand not in COMPOSED:  # what is composed may name any variable, and its ranks see none
+        for name in foreign.found(os.environ):
+            del os.environ[name]
 
 
 # ------------------------------------------------------------------------------- commands that compose a run

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
+import re
 import types
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -673,14 +675,32 @@ def flatten(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def union_members(hint: Any) -> list[type]:
     """The dataclasses of a section's type: one, or the members of a union."""
-    members = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
-    return [member for member in members if isinstance(member, type) and dataclasses.is_dataclass(member)]
+    return [member for member in options(hint) if isinstance(member, type) and dataclasses.is_dataclass(member)]
 
 
 def kinds(cls: type) -> tuple[str, ...]:
     """The values that a dataclass's field `kind` can take; empty if it has none."""
     hint = get_type_hints(cls).get("kind")
     return get_args(hint) if hint is not None else ()
+
+
+def hints_at(path: str) -> list[Any]:
+    """The types that a key may have, over all kinds of its section; empty if there is no such key."""
+    found: list[Any] = [Config]
+    for name in path.split("."):
+        inside: list[Any] = []
+        for hint in itertools.chain.from_iterable(map(options, found)):
+            if dataclasses.is_dataclass(hint):
+                inside += [value for key, value in get_type_hints(hint).items() if key == name]
+            elif get_origin(hint) is dict:
+                inside.append(get_args(hint)[1])
+        found = inside
+    return found
+
+
+def options(hint: Any) -> list[Any]:
+    """The members of a union; of another type itself."""
+    return list(get_args(hint)) if get_origin(hint) in (Union, types.UnionType) else [hint]
 
 
 def _build(hint: Any, data: Any, path: str) -> Any:
@@ -737,7 +757,16 @@ def _value(hint: Any, value: Any, path: str) -> Any:
             pass
     elif hint in (bool, int, str) and type(value) is hint:
         return value
-    raise ConfigError(path, value, f"wrong type, {_type_name(hint)} is wanted")
+    elif hint is str and type(value) is int:
+        return str(value)
+    elif hint is int and isinstance(value, str) and re.fullmatch(r"[-+]?[0-9]+", value.strip()):
+        return int(value)  # ${oc.env:NAME} gives text
+    elif hint is bool and isinstance(value, str) and value.strip().lower() in ("true", "false"):
+        return value.strip().lower() == "true"
+    way_out = (
+        "a word that YAML reads otherwise is text in quotes" if hint is str and not isinstance(value, list) else ""
+    )
+    raise ConfigError(path, value, f"wrong type, {_type_name(hint)} is wanted", way_out)
 
 
 def _type_name(hint: Any) -> str:

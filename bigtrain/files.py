@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 from bigtrain.errors import BigtrainError
+
+directory_lost = False  # see enter_somewhere
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -33,6 +36,26 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def user_cache() -> Path:
+    """Where this user's programs keep what they can make again; where there is no home directory, a temporary one."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "bigtrain"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"bigtrain-{os.getuid()}"
+
+
+def enter_somewhere() -> bool:
+    """Whether the current directory exists. Where it was removed, this process goes on in /, or no library would
+    start that asks for it."""
+    global directory_lost
+    try:
+        os.getcwd()
+    except OSError:
+        os.chdir("/")
+        directory_lost = True
+    return not directory_lost
 
 
 def conf_dir() -> Path:

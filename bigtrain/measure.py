@@ -28,7 +28,7 @@ import yaml
 from bigtrain import hardware
 from bigtrain.config import LaunchConfig
 from bigtrain.errors import BigtrainError
-from bigtrain.launch import ops
+from bigtrain.launch import foreign, ops
 from bigtrain.launch.local import KEEP_FREED_MEMORY
 from bigtrain.plan import clusters, fixed_costs
 from bigtrain.plan.clusters import Cluster
@@ -111,7 +111,7 @@ def _ranks(ranks: int, threads: int, device: str, budget_seconds: float) -> dict
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
-    environment = os.environ | {
+    environment = foreign.without(os.environ) | {
         "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "TORCH_EXTENSIONS_DIR": str(ops.extensions_dir()), "PATH": ops.search_path(),
     }  # fmt: skip

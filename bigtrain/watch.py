@@ -19,6 +19,7 @@ from bigtrain.hooks.jsonl import read_metrics
 
 SECONDS_BETWEEN_LOOKS = 1.0
 BARS = " ▁▂▃▄▅▆▇█"
+PLAIN_BARS = " .:-=+*%#"  # where the terminal has no blocks
 COLOURS = {"running": "green", "finished": "cyan", "failed": "red", "stalled": "red", "stopped": "yellow"}
 WARNINGS = 3  # the last so many are shown
 PACE_ROWS = 50  # the ETA is reckoned from the last so many
@@ -29,20 +30,21 @@ def watch(run: Path, once: bool, console: Console, sleep: Callable[[float], None
 
     Raises ConfigError if RUN holds no run.
     """
+    bars = PLAIN_BARS if console.options.ascii_only else BARS
     if once or not console.is_terminal:
         state = runs.state(run)
-        console.print(view(run, state, console.width))
+        console.print(view(run, state, console.width, bars))
         return state
     with Live(console=console, auto_refresh=False) as live:
         while True:
             state = runs.state(run)
-            live.update(view(run, state, console.width), refresh=True)
+            live.update(view(run, state, console.width, bars), refresh=True)
             if state.status not in ("starting", "running", "stalled"):
                 return state
             sleep(SECONDS_BETWEEN_LOOKS)
 
 
-def view(run: Path, state: runs.State, width: int) -> RenderableType:
+def view(run: Path, state: runs.State, width: int, bars: str = BARS) -> RenderableType:
     """The whole picture, as rich draws it."""
     rows = list(read_metrics(run / "metrics.jsonl"))
     steps = [row for row in rows if "perf/step_seconds" in row]
@@ -57,7 +59,7 @@ def view(run: Path, state: runs.State, width: int) -> RenderableType:
     parts: list[RenderableType] = [title, head, _numbers(last)]
     losses = [row["train/loss"] for row in steps if isinstance(row.get("train/loss"), (int, float))]
     if len(losses) > 1:
-        parts.append(Text(f"loss  {sparkline(losses, max(10, min(width - 24, 100)))}  {losses[-1]:.4f}"))
+        parts.append(Text(f"loss  {sparkline(losses, max(10, min(width - 24, 100)), bars)}  {losses[-1]:.4f}"))
     if (slow := straggler(last)) is not None:
         parts.append(Text(slow, style="yellow"))
     phases = {str(beat["phase"]) for beat in runs.heartbeats(run)} if state.status in ("running", "stalled") else set()
@@ -112,9 +114,9 @@ def straggler(last: dict[str, Any]) -> str | None:
     return f"rank {int(last['perf/slowest_rank'])} is slow: its forward passes take {longest / mean:.1f} x the mean"
 
 
-def sparkline(values: list[float], width: int) -> str:
+def sparkline(values: list[float], width: int, bars: str = BARS) -> str:
     """One character for each of `width` equal parts of the values: their mean, between the lowest and the highest."""
     size = max(1, -(-len(values) // width))
     means = [sum(values[at : at + size]) / len(values[at : at + size]) for at in range(0, len(values), size)]
     low, span = min(means), (max(means) - min(means)) or 1.0
-    return "".join(BARS[1 + round((value - low) / span * (len(BARS) - 2))] for value in means)
+    return "".join(bars[1 + round((value - low) / span * (len(bars) - 2))] for value in means)

@@ -33,10 +33,12 @@ from bigtrain.files import write_atomic
 from bigtrain.launch import cores
 from bigtrain.provenance import code_sha256, differences, versions
 from bigtrain.redact import HELD_BACK, redact
+from bigtrain.terminal import encoding, outliving, settle
 
 if TYPE_CHECKING:
     from bigtrain.engine.host import HostGroup
 
+lost_terminal: list[str] = []  # of this process
 LABELS = "labels.json"  # in the run directory: the names of the numbers that a classifier gives
 
 
@@ -210,6 +212,9 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
             if result["status"] == "finished":
                 privacy.forget(run_dir)
             hooks.on_end(result)
+            hooks.close()
+            if warnings := hooks.problems + lost_terminal:
+                write_atomic(run_dir / "result.json", json.dumps(result | {"warnings": warnings}, indent=1))
     except BaseException as error:
         hooks.on_failure(error)
         raise
@@ -239,8 +244,15 @@ def read_config(path: Path, sha256: str) -> Config:
 
 
 def redirect_output(run_dir: Path, rank: int) -> TextIO:
-    """Send what libraries print to logs/rank-N.log. Returns the terminal, for our own words on rank 0."""
-    terminal = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
+    """Send what libraries print to logs/rank-N.log. Returns the terminal, for our own words on rank 0. If it is lost,
+    the run goes on, and `lost_terminal` has the line that says so."""
+    settle(goes_on=True)
+
+    def lost(error: OSError) -> None:
+        lost_terminal.append(f"standard output is lost ({error.strerror or error}); the run went on without it")
+        print(lost_terminal[-1], file=sys.stderr)  # into the log
+
+    terminal = outliving(os.dup(1), encoding(), lost)
     (run_dir / "logs").mkdir(exist_ok=True)
     log = os.open(run_dir / "logs" / f"rank-{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)

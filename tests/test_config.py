@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import yaml
 
-from bigtrain import compose
+from bigtrain import compose, files
 from bigtrain import config as schema
 from bigtrain.checks import check_batch
 from bigtrain.config import GROUPS, Config
-from bigtrain.errors import ConfigError
+from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.files import conf_dir
 from bigtrain.launch.train import checked
 
@@ -147,6 +147,22 @@ def test_the_default_recipe_is_what_the_issue_names() -> None:
         (["model.dim=64", "model=gpt_1m"], lambda c: c.model.dim == 64),  # whatever the order
         (["experiment=tiny", "train.steps=3"], lambda c: (c.train.steps, c.model.dim) == (3, 64)),
         (["logger=wandb", "logger.wandb.tags=[a,b]"], lambda c: c.logger.wandb.tags == ["a", "b"]),
+        (["logger.wandb.name=1e-3", "logger.wandb.group=007", "+logger.wandb.job_type=true",
+          "++logger.wandb.entity=null",
+          "logger.wandb.tags=[v2,3,1e3,null,true,'q,r',2024-11-29]", "run_dir=/2024_11_29"],
+         lambda c: c.run_dir == "/2024_11_29" and c.logger.wandb == schema.WandbConfig(
+             name="1e-3", group="007", job_type="true", tags=["v2", "3", "1e3", "null", "true", "q,r", "2024-11-29"])),
+        (["launch.env={A: 1e-3,B: yes,C: false}", "launch.env.D=null", "launch.env.E=0,1", "launch.slurm.time=30",
+          "launch.slurm.options=[--mem=3,--x]"],
+         lambda c: c.launch.env == {"A": "1e-3", "B": "yes", "C": "false", "D": "null", "E": "0,1"}
+         and c.launch.slurm == schema.SlurmConfig(options=["--mem=3", "--x"], time="30")),
+        (["data=text", "data.path=[ab]*.txt", "data.held_out_path=[2024,1e3.txt]", "train.steps=${oc.env:NO_SUCH,3}",
+          "logger.progress=${oc.env:NO_SUCH,false}"],
+         lambda c: (c.data.path, c.data.held_out_path, c.train.steps, c.logger.progress)
+         == ("[ab]*.txt", ["2024", "1e3.txt"], 3, False)),
+        (["experiment=null", "compress=null", "logger=null", "run_dir=/a"], lambda c: c == composed("run_dir=/a")),
+        (["experiment=[null,tiny]", "compress=[NULL]", "run_dir=/a"],
+         lambda c: c == composed("+experiment=tiny", "run_dir=/a")),
         (["engine.deepspeed.zero_optimization.reduce_bucket_size=1000"],
          lambda c: c.engine.deepspeed == {"zero_optimization": {"reduce_bucket_size": 1000}}),
     ],
@@ -154,6 +170,84 @@ def test_the_default_recipe_is_what_the_issue_names() -> None:
 )  # fmt: skip
 def test_overrides(overrides: list[str], read: Any) -> None:
     assert read(composed(*overrides))
+
+
+def test_each_value_of_a_sweep_is_what_was_typed() -> None:
+    assert compose._prepared("logger.wandb.name=1e5,2e5", sweep=True) == "++logger.wandb.name='1e5','2e5'"
+    assert compose._prepared("optimizer.lr=1e-3,1e-4", sweep=True) == "++optimizer.lr=1e-3,1e-4"
+    assert compose._prepared("train.seed=range(1,3)", sweep=True) == "++train.seed=range(1,3)"
+    assert compose._prepared("experiment=null,tiny", sweep=True) == "experiment=[],tiny"
+    assert yaml.safe_load(compose.experiment(["experiment=[]", "train.steps=3"])) == {
+        "defaults": ["_self_"], "train": {"steps": 3},
+    }  # fmt: skip
+    assert "name: '1e5'" in compose.experiment(["++logger.wandb.name='1e5'"])  # Hydra's YAML reads 1e5 as a number
+
+
+def test_a_group_that_cannot_be_left_out() -> None:
+    with pytest.raises(ConfigError, match="model='null': there must be one; one of bert_base"):
+        compose._prepared("model=null", sweep=False)
+    with pytest.raises(ConfigError, match="hydra/sweeper='null': there must be one"):
+        compose._prepared("hydra/sweeper=null", sweep=False)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"run_dir": None}, "run_dir=None: wrong type, text is wanted"),
+        ({"run_dir": ""}, "run_dir='': is no path"),
+        ({"init_from": " "}, "init_from=' ': is no path"),
+        ({"data": {"kind": "text", "path": ["a", ""]}}, "data.path='': is no path"),
+        ({"data": {"cache_dir": "~nosuchuser/x"}}, "data.cache_dir='~nosuchuser/x': there is no such home directory"),
+        ({"logger": {"wandb": {"enabled": True, "project": "a/b"}}}, "wandb takes no / in it; a team is logger.wandb"),
+        ({"logger": {"wandb": {"enabled": True, "tags": [""]}}}, "logger.wandb.tags[0]='': empty"),
+        ({"logger": {"wandb": {"enabled": True, "name": 129 * "n"}}}, "has 129 characters"),
+    ],
+)
+def test_text_that_means_nothing(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        checked(changed)
+    assert message in str(caught.value)
+
+
+def test_text_in_a_file_that_yaml_reads_otherwise() -> None:
+    """A whole number is what was typed; of 1e3 or `no` nobody knows any more."""
+    read = schema.section(schema.LaunchConfig, {"env": {"SEED": 1}}, "launch")
+    assert read.env == {"SEED": "1"}
+    for value in (1e5, False, None):
+        with pytest.raises(ConfigError, match="text in quotes"):
+            schema.section(schema.LaunchConfig, {"env": {"SEED": value}}, "launch")
+
+
+def test_a_relative_path_in_a_directory_that_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "directory_lost", True)
+    assert checked({"run_dir": "/a"}).run_dir == "/a"
+    with pytest.raises(ConfigError, match="run_dir='a': the current directory is gone"):
+        checked({"run_dir": "a"})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("defaults:\n  - override /model: gpt_1m\n", ["mine.yaml", "# @package _global_"]),
+        ("train:\n  steps: 3\n", ["mine.yaml", "# @package _global_"]),
+        ("\ufeff# @package _global_\ntrain:\n  steps: 3\n", ["mine.yaml", "byte order mark"]),
+        ("# @package _global_\ndefaults:\n  - override model: gpt_1m\n", ["with the slash"]),
+        ("# @package _global_\ndefaults:\n  - model: gpt_1m\n", ["mine.yaml", "`override /model: gpt_1m`"]),
+        ("# @package _global_\ndefaults:\n  - nosuch\n", ["nosuch", "experiment/mine.yaml"]),
+        ("# @package _global_\ndefaults:\n  - mine\n", ["must not name itself"]),
+        ("# @package _global_\ntrain:\n\tsteps: 3\n", ["mine.yaml, line 3"]),
+        ("# @package _global_\ntrain:\n  steps: [3\n", ["mine.yaml, line 4"]),
+        ("# @package _global_\ntrain: {}\ntrain: {}\n", ["mine.yaml, line 3", "duplicate key train"]),
+        ("# größe", ["mine.yaml", "UTF-8"]),  # written as latin-1
+    ],
+)
+def test_files_of_the_users_own_that_cannot_be_used(tmp_path: Path, text: str, words: list[str]) -> None:
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_bytes(text.encode("latin-1" if "ö" in text else "utf-8"))
+    with pytest.raises(BigtrainError) as caught:
+        composed("experiment=mine", "--config-dir", str(tmp_path))
+    assert "\n" not in str(caught.value)
+    assert all(word in str(caught.value) for word in words), caught.value
 
 
 def test_a_relative_run_dir_becomes_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

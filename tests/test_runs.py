@@ -151,3 +151,4 @@ def test_neither_imports_torch() -> None:
 def test_a_sparkline() -> None:
     assert watch.sparkline([4.0, 3.0, 2.0, 1.0], 4) == "█▆▃▁"
     assert len(watch.sparkline([float(n) for n in range(1000)], 40)) == 40
+    assert watch.sparkline([4.0, 3.0, 2.0, 1.0], 4, watch.PLAIN_BARS) == "#*-."

@@ -28,5 +28,5 @@ def build_hooks(config: Config, rank: int, terminal: TextIO | None = None) -> Ho
     if config.logger.trackers:
         from bigtrain.hooks.trackers import TrackersHook
 
-        hooks.append(TrackersHook(config.logger.trackers))
+        hooks += [TrackersHook([name]) for name in dict.fromkeys(config.logger.trackers)]  # each fails for itself
     return Hooks(hooks)

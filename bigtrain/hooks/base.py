@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bigtrain.config import Config
+from bigtrain.redact import redact
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +38,9 @@ class RunInfo:
 
 class Hook:
     """Every method does nothing, so that a hook writes only those it needs. `step` counts optimizer steps done."""
+
+    name = ""  # as the user knows it; "": that of its class
+    warn: Callable[[str], None] = staticmethod(logger.warning)  # tells the user, once the hook is one of Hooks
 
     def on_start(self, info: RunInfo) -> None:
         """Before the first step, after load_state."""
@@ -71,27 +76,45 @@ class Hook:
 
 
 class Hooks(Hook):
-    """Several hooks as one. One that raises is reported once and left out from then on: watching must not end a run."""
+    """Several hooks as one. One that raises is left out from then on, for watching must not end a run; the others are
+    told, so that it stands on the terminal and in metrics.jsonl, and `problems` has it for result.json."""
 
     def __init__(self, hooks: Iterable[Hook] = ()) -> None:
         self.hooks = list(hooks)
+        self.problems: list[str] = []
+        self.step = 0  # of the last event
+        for hook in self.hooks:
+            hook.warn = self._problem
+
+    def _problem(self, message: str) -> None:
+        """Something that is not seen, or not kept, as the config asks."""
+        self.problems.append(redact(" ".join(message.split())))
+        self.on_warning(self.step, self.problems[-1])
 
     def _each(self, event: str, call: Callable[[Hook], None]) -> None:
         for hook in list(self.hooks):
             try:
                 call(hook)
             except Exception as error:
+                if hook not in self.hooks:  # it failed already in what it was told meanwhile
+                    continue
                 self.hooks.remove(hook)
-                logger.warning(
-                    "%s failed in %s and is switched off for the rest of the run: %s: %s",
-                    type(hook).__name__, event, type(error).__name__, error,
-                )  # fmt: skip
-                logger.debug("", exc_info=True)
+                logger.warning("", exc_info=True)
+                if event != "close":
+                    with suppress(Exception):  # what it has may still be kept
+                        hook.close()
+                name = hook.name or type(hook).__name__
+                self._problem(
+                    f"{name} failed in {event} and is switched off for the rest of the run: "
+                    f"{type(error).__name__}: {error}"
+                )
 
     def on_start(self, info: RunInfo) -> None:
+        self.step = info.start_step
         self._each("on_start", lambda hook: hook.on_start(info))
 
     def on_step(self, step: int, metrics: Metrics) -> None:
+        self.step = step
         self._each("on_step", lambda hook: hook.on_step(step, metrics))
 
     def on_evaluate(self, step: int, metrics: Metrics) -> None:

@@ -20,6 +20,8 @@ class JsonlHook(Hook):
     first drops the lines of steps that it will do again, and a torn last line.
     """
 
+    name = "metrics.jsonl"
+
     def __init__(self) -> None:
         self._file: int | None = None
 

@@ -26,7 +26,7 @@ from bigtrain.redact import redact
 
 class TrackersHook(Hook):
     def __init__(self, names: list[str]) -> None:
-        self.names = names
+        self.names, self.name = names, ", ".join(names)
         self._trackers: list[tuple[GeneralTracker, int]] = []  # and the last step that each has already
         self._mlflow_id: str | None = None
 

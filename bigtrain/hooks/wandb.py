@@ -28,6 +28,7 @@ from bigtrain.redact import redact
 
 logger = logging.getLogger(__name__)
 
+LONGEST_NAME = 128  # characters that wandb's server takes of a name
 INIT_SECONDS = 30.0  # how long a server may take to answer before the run is kept offline
 
 
@@ -37,6 +38,8 @@ class WandbHook(Hook):
     A resumed run does some steps a second time. Rows that wandb already has are not sent again, so the history has
     each step once: as the first time showed it.
     """
+
+    name = "wandb"
 
     def __init__(self) -> None:
         self._run: Any = None
@@ -79,7 +82,7 @@ class WandbHook(Hook):
                 {
                     "project": options.project,
                     "entity": options.entity,
-                    "name": options.name or info.run_dir.resolve().name,
+                    "name": options.name or info.run_dir.resolve().name[:LONGEST_NAME],
                     "group": options.group,
                     "job_type": options.job_type,
                     "tags": options.tags,
@@ -92,13 +95,13 @@ class WandbHook(Hook):
             "config": redact(_run_config(info), environment),
             "settings": wandb.Settings(**{name: value for name, value in settings.items() if name in fields and value}),
         }
-        mode: Any = choose_mode(options)
+        mode: Any = choose_mode(options, self.warn)
         try:
             self._run = wandb.init(mode=mode, **arguments)
         except Exception as error:  # no network, a wrong key, a server's refusal: keep the run here instead
             if mode == "offline":
                 raise
-            logger.warning("wandb cannot be reached, the run is kept offline: %s", str(error).partition("\n")[0])
+            self.warn(f"wandb cannot be reached, the run is kept offline: {str(error).partition(chr(10))[0]}")
             wandb.teardown()  # or its process holds on to the run's id
             self._run = wandb.init(mode="offline", **arguments)
         # What an online run left here may not have been uploaded: there only the server's word counts.
@@ -143,7 +146,7 @@ class WandbHook(Hook):
         try:
             self._run.log_artifact(make(), aliases=aliases)
         except Exception as error:
-            logger.warning("wandb: no artifact: %s", str(error).partition("\n")[0])
+            self.warn(f"wandb: no artifact: {str(error).partition(chr(10))[0]}")
 
     def _alert(self, title: str, text: str, level: str) -> None:
         if self._run is not None and self._info is not None and self._info.config.logger.wandb.alerts:
@@ -287,13 +290,15 @@ def _run_config(info: RunInfo) -> dict[str, Any]:
     return {**to_dict(info.config), "run": facts}
 
 
-def choose_mode(options: WandbConfig) -> str:
+def choose_mode(options: WandbConfig, warn: Callable[[str], None] = logger.warning) -> str:
     """online or offline (or what WANDB_MODE says); never online without a key, for wandb would ask for one."""
     mode = os.environ.get("WANDB_MODE", "online") if options.mode == "auto" else options.mode
     if mode == "online" and not (find_key() or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")):
         if options.mode == "online":
-            logger.warning("wandb has no key (WANDB_API_KEY or `wandb login`): the run is kept offline")
+            warn("wandb has no key (WANDB_API_KEY or `wandb login`): the run is kept offline")
         return "offline"
+    if mode == "disabled":
+        warn("wandb keeps nothing of this run: WANDB_MODE=disabled")
     return mode
 
 

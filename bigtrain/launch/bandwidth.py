@@ -14,6 +14,8 @@ import sys
 import time
 from typing import Any
 
+from bigtrain.launch import foreign
+
 TRIES, WARM_UP = 9, 3
 SMALLEST, LARGEST = 4, 16 * 2**20  # bytes
 TIMEOUT_SECONDS = 120
@@ -22,7 +24,7 @@ TIMEOUT_SECONDS = 120
 def start(environment: dict[str, str], launch_id: dict[str, str]) -> subprocess.Popen[bytes]:
     """This node's part; `collect` has its result once it is there."""
     return subprocess.Popen(
-        [sys.executable, "-m", "bigtrain.launch.bandwidth"], env=dict(os.environ) | environment | launch_id,
+        [sys.executable, "-m", "bigtrain.launch.bandwidth"], env=foreign.without(os.environ) | environment | launch_id,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 

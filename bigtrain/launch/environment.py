@@ -34,10 +34,14 @@ def forwarded(config: Config) -> dict[str, str]:
 def deepspeed_env() -> dict[str, str]:
     """`name=value` lines of the file that the deepspeed launcher would read (and trip over its blank lines)."""
     found: dict[str, str] = {}
-    for folder in (Path.home(), Path()):
+    for folder in (Path("~"), Path()):
         try:
-            lines = (folder / os.environ.get("DS_ENV_FILE", DEEPSPEED_ENV)).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError):
+            lines = (
+                (folder.expanduser() / os.environ.get("DS_ENV_FILE", DEEPSPEED_ENV))
+                .read_text(encoding="utf-8")
+                .splitlines()
+            )
+        except (OSError, UnicodeDecodeError, RuntimeError):  # no home directory
             continue
         for line in lines:
             name, equals, value = line.partition("=")

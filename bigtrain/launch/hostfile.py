@@ -41,7 +41,7 @@ def read(launch: LaunchConfig) -> list[Host]:
     """The hosts to use, in the file's order. Raises ConfigError, naming the line for one that is malformed."""
     path = launch.hostfile or ""
     try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = (error.strerror or str(error)).lower() if isinstance(error, OSError) else "is not text"
         raise ConfigError("launch.hostfile", path, f"cannot be read ({reason})") from None
@@ -52,7 +52,8 @@ def read(launch: LaunchConfig) -> list[Host]:
             continue
         match = _LINE.fullmatch(text)
         if match is None or match["host"].startswith("-"):
-            raise ConfigError("launch.hostfile", path, f"line {number} is not `host slots=N`: {text}")
+            shown = text if text.isprintable() else repr(text)
+            raise ConfigError("launch.hostfile", path, f"line {number} is not `host slots=N`: {shown}", _way_out(text))
         if match["host"] in hosts:
             raise ConfigError("launch.hostfile", path, f"line {number} names {match['host']} again", "a line per host")
         if int(match["slots"]) < 1:
@@ -61,6 +62,16 @@ def read(launch: LaunchConfig) -> list[Host]:
     if not hosts:
         raise ConfigError("launch.hostfile", path, "names no host", "a line per host: `host slots=N`")
     return _chosen(launch, list(hosts.values()))
+
+
+def _way_out(line: str) -> str:
+    if "@" in line:
+        return "which user ssh takes says launch.ssh_config or ~/.ssh/config"
+    if "max_slots" in line or "max-slots" in line:
+        return "leave max_slots out: slots is how many ranks there may be"
+    if "\0" in line:
+        return "save the file as UTF-8"
+    return "give the address a name in /etc/hosts or ssh's config" if line.count(":") > 1 else ""
 
 
 def _chosen(launch: LaunchConfig, hosts: list[Host]) -> list[Host]:
@@ -145,10 +156,11 @@ class HostfileBackend:
 
     def variables(self, folder: Path) -> dict[str, str]:
         """Of the launcher itself. Nothing that it would export by name but PYTHONPATH, which is looked at before."""
+        away = local.taken_away()
         kept = {
             name: value
             for name, value in os.environ.items()
-            if name not in local.FOREIGN and (name == "PYTHONPATH" or not name.startswith(_EXPORTED))
+            if name not in away and (name == "PYTHONPATH" or not name.startswith(_EXPORTED))
         }
         options = " ".join(nodes.ssh_options(self.launch))
         return kept | {

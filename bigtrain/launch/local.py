@@ -21,7 +21,7 @@ from bigtrain.config import Config, dump, held_back
 from bigtrain.errors import BigtrainError
 from bigtrain.files import write_atomic
 from bigtrain.hardware import Placement
-from bigtrain.launch import ops
+from bigtrain.launch import foreign, ops
 from bigtrain.launch.cause import failure_files, first_cause
 from bigtrain.launch.hang import Hang, HangDetector
 from bigtrain.launch.restart import Restarts
@@ -49,10 +49,8 @@ KEEP_FREED_MEMORY = ":".join(
 # steps wait for the disk, not for pages.
 GIVE_FREED_MEMORY_BACK = "glibc.malloc.mmap_threshold=1048576:glibc.malloc.arena_max=1:glibc.malloc.hugetlb=1"
 
-# What another launcher (Slurm, torchrun, a surrounding run) may have left in the environment would mislead this one.
 # GPUs are named to the launcher by number instead of CUDA_VISIBLE_DEVICES, which it ignores with a warning.
-FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_SIZE", "LOCAL_WORLD_SIZE", "CROSS_RANK", "CROSS_SIZE",
-            "MASTER_ADDR", "MASTER_PORT", "CUDA_VISIBLE_DEVICES", "HYDRA_FULL_ERROR")  # fmt: skip
+_OURS = ("CUDA_VISIBLE_DEVICES", "HYDRA_FULL_ERROR")
 
 
 @dataclass(frozen=True)
@@ -93,7 +91,12 @@ def start_of(config: Config, placement: Placement, sha256: str) -> Start:
         environment["GLIBC_TUNABLES"] = os.environ.get("GLIBC_TUNABLES", heap_settings(config))
         if "GLOO_SOCKET_IFNAME" not in os.environ and "lo" in psutil.net_if_addrs():
             environment["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo looks up the host's own name, which may lead nowhere
-    return Start(command, environment | config.launch.env, FOREIGN, port)
+    return Start(command, environment | config.launch.env, taken_away(), port)
+
+
+def taken_away() -> tuple[str, ...]:
+    """The variables of this process that would mislead a launcher or a rank: other launchers' (foreign.py)."""
+    return (*foreign.found({*os.environ, *foreign.IDENTITY}), *_OURS)
 
 
 def heap_settings(config: Config) -> str:

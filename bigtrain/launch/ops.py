@@ -20,6 +20,7 @@ import psutil
 
 from bigtrain.config import AdamWConfig, Config, DeepSpeedConfig, LionConfig
 from bigtrain.errors import BigtrainError
+from bigtrain.files import user_cache
 
 CPU_ADAM, ASYNC_IO = "cpu_adam", "async_io"
 CPU_LION, FUSED_LION = "cpu_lion", "fused_lion"
@@ -45,7 +46,7 @@ def extensions_dir() -> Path:
     if isolated and os.access(prefix, os.W_OK):
         return prefix / "torch_extensions" / torch
     key = hashlib.sha256(f"{sys.prefix} {sys.version} {torch}".encode()).hexdigest()[:12]
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "bigtrain" / f"torch_extensions-{key}"
+    return user_cache() / f"torch_extensions-{key}"
 
 
 def needed(config: Config, device: str) -> list[str]:

@@ -3,16 +3,22 @@
 The deepspeed launcher, srun, mpirun, torchrun and a container's shell each say in their own words which rank this is.
 DIR/rank-N.json (for its owner alone, written by this node's agent) holds the rank's arguments, directory and
 environment: nothing of them is on a command line. Python starts anew as bigtrain.worker in this same process, because
-some of the environment (glibc's, PYTHONPATH) counts only from the start. Imports nothing heavy.
+some of the environment (glibc's, PYTHONPATH) counts only from the start. Imports nothing heavy. What launchers other
+than the one that started it have left in the environment is taken away (foreign.py).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+
+import yaml
+
+from bigtrain.launch import foreign
 
 # The names of (rank, local rank, world size, ranks on this node), by launcher; torchrun and deepspeed first.
 _NAMES = (
@@ -35,10 +41,19 @@ def identity(environment: Mapping[str, str]) -> dict[str, str]:
     raise KeyError("RANK")
 
 
+def _by_torchrun(arguments: list[str]) -> bool:
+    """Whether the config that this rank is to read says launch=torchrun: then torchrun's own words count."""
+    if arguments[:1] == ["--files"]:
+        return False
+    with contextlib.suppress(OSError, ValueError, yaml.YAMLError, LookupError, TypeError):  # the worker will say why
+        return bool(yaml.safe_load(Path(arguments[0]).read_text(encoding="utf-8"))["launch"]["kind"] == "torchrun")
+    return False
+
+
 def main() -> None:
     arguments = sys.argv[1:]
     try:
-        environment = dict(os.environ) | identity(os.environ)
+        environment = foreign.for_rank(os.environ, _by_torchrun(arguments)) | identity(os.environ)
     except KeyError:
         sys.exit("bigtrain: error: no launcher has said which rank this is: RANK and WORLD_SIZE are not set")
     if arguments[:1] == ["--files"]:

@@ -32,6 +32,7 @@ from bigtrain.launch.run_dir import read_result, readable_errors
 from bigtrain.launch.supervise import LAUNCH_ID, Ending, counting_signals
 from bigtrain.plan import preflight
 from bigtrain.redact import redact
+from bigtrain.terminal import settle
 
 MODULE, RANK = "bigtrain.launch.slurm", "bigtrain.launch.rank"
 SUBMITTED, OUTCOME = ".submitted.json", "slurm-outcome.json"  # in the run directory
@@ -89,7 +90,7 @@ def srun_words(layout: Layout) -> list[str]:
 def _clean() -> dict[str, str]:
     """The environment of srun: what sbatch or salloc asked for the job must not be asked of each step again."""
     names = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_NTASKS_PER_NODE", "SLURM_CPUS_PER_TASK", "SLURM_TRES_PER_TASK",
-             "SLURM_DISTRIBUTION", "SLURM_STEP_ID", *local.FOREIGN)  # fmt: skip
+             "SLURM_DISTRIBUTION", "SLURM_STEP_ID", *local.taken_away())  # fmt: skip
     return {name: value for name, value in os.environ.items() if name not in names}
 
 
@@ -245,6 +246,7 @@ def _pass_on(log: Path, offset: int) -> int:
 
 def main() -> None:
     """The batch job: the supervisor on the first node. What it ends with goes into slurm-outcome.json."""
+    settle(goes_on=True)
     run_dir = Path(sys.argv[1])
     submitted = json.loads((run_dir / SUBMITTED).read_text(encoding="utf-8"))
     os.environ.update(submitted["environment"])

@@ -9,14 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigtrain import checks, encryption, hardware, privacy
+from bigtrain import checks, encryption, files, hardware, privacy
 from bigtrain import config as schema
 from bigtrain.checkpoint import changes
 from bigtrain.checkpoint.changes import Change
 from bigtrain.checkpoint.find import Checkpoint
 from bigtrain.config import LABELLED_TASKS, VOCABULARY_MULTIPLE, Config, DeepSpeedConfig, objective_names
 from bigtrain.errors import BigtrainError, ConfigError, unknown_key
-from bigtrain.launch import Stopped, ops, pretrained, run_dir, ways
+from bigtrain.launch import Stopped, foreign, ops, pretrained, run_dir, ways
 from bigtrain.plan import preflight
 from bigtrain.redact import redact
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 def checked(data: dict[str, Any]) -> Config:
     """Plain data -> a config that holds together. Raises ConfigError."""
     config = pretrained.with_teacher(schema.from_dict(pretrained.resolved(data)))
+    _check_paths(config)
     checks.check(config)
     encryption.check(config.train.encryption)
     for name in ("run_dir", "data.cache_dir"):
@@ -49,6 +50,23 @@ def checked(data: dict[str, Any]) -> Config:
     )
 
 
+def _check_paths(config: Config) -> None:
+    """A path of no letters would be the current directory, and that may be gone, as the home directory may."""
+    for field, value in schema.flatten(schema.to_dict(config)).items():
+        if field.endswith(("path", "_dir", "_file", "hostfile", "init_from", "resume", "ssh_config")):
+            for text in value if isinstance(value, list) else [value]:
+                if not isinstance(text, str) or (field == "resume" and text in ("auto", "required", "never")):
+                    continue
+                if not text.strip() or "\0" in text:
+                    raise ConfigError(field, text, "is no path", "name one, or leave the key out")
+                if os.path.expanduser(text).startswith("~") and not os.path.exists(text):
+                    raise ConfigError(field, text, "there is no such home directory", "set HOME, or name another path")
+                if files.directory_lost and not os.path.isabs(os.path.expanduser(text)):
+                    raise ConfigError(
+                        field, text, "the current directory is gone", "cd to one that exists, or name a whole path"
+                    )
+
+
 def _absolute(path: str) -> str:
     return os.path.abspath(os.path.expanduser(path))
 
@@ -68,6 +86,8 @@ def train(config: Config, say: Callable[[str], None], continue_command: Callable
     if shown_only:
         say(way.show(config))
         return math.nan
+    if names := [name for name in foreign.settings(os.environ) if name not in config.launch.env]:
+        say(f"left behind by another launcher, does not count here: {', '.join(names)} (launch.env sets variables)")
     preflight.check(config, placement)
     path = Path(config.run_dir)
     with run_dir.only_for_owner(path, config.launch.private), run_dir.claim(path):

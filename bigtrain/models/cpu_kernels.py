@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from bigtrain.files import user_cache
+
 SOURCE = Path(__file__).with_suffix(".c")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 
@@ -55,7 +57,7 @@ def library() -> ctypes.CDLL | None:
     except (OSError, StopIteration):
         processor = platform.processor()
     key = hashlib.sha256(f"{SOURCE.read_text()}{compiler}{FLAGS}{platform.machine()}{processor}".encode())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bigtrain"
+    cache = user_cache()
     path = cache / f"cpu_kernels-{key.hexdigest()[:16]}.so"
     try:
         if not path.exists():

@@ -22,6 +22,7 @@ from typing import Any
 from bigtrain import config as schema
 from bigtrain.config import Config, DeepSpeedConfig, micro_batch
 from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.launch import foreign
 from bigtrain.plan import memory, sizes
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.result import GIB
@@ -72,7 +73,7 @@ def trace(config: Config, ranks: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
         file.write_text(schema.dump(config), encoding="utf-8")
-        environment = os.environ | {
+        environment = foreign.without(os.environ) | {
             "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "DS_ACCELERATOR": "cpu", "BIGTRAIN_CPU_KERNELS": "0",
         }  # fmt: skip

@@ -31,7 +31,7 @@ ADMINS = Path(__file__).parents[2] / "launch"
 
 def read(tmp_path: Path, text: str, **launch: object) -> list[hostfile.Host]:
     path = tmp_path / "hostfile"
-    path.write_text(text)
+    path.write_text(text, encoding="utf-8")
     return hostfile.read(LaunchConfig(kind="hostfile", hostfile=str(path), **launch))  # type: ignore[arg-type]
 
 
@@ -39,6 +39,8 @@ def test_a_hostfile_is_read_as_the_launcher_reads_it(tmp_path: Path) -> None:
     text = "# nodes\n\nh1 slots=4\n  h2.example.org   slots=4 # the new one\nh3 slots=4\n"
     assert [host.name for host in read(tmp_path, text)] == ["h1", "h2.example.org", "h3"]
     assert [host.name for host in read(tmp_path, text, nodes=2)] == ["h1", "h2.example.org"]
+    as_windows_writes_it = "\ufeffh1 slots=4\r\n\r\nh2\tslots=4 \r\n"
+    assert [host.name for host in read(tmp_path, as_windows_writes_it)] == ["h1", "h2"]
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,10 @@ def test_a_hostfile_is_read_as_the_launcher_reads_it(tmp_path: Path) -> None:
         ("h1 slots=1\n-oProxyCommand=x slots=1\n", {}, "line 2 is not"),
         ("h1 slots=1\nh1 slots=2\n", {}, "line 2 names h1 again"),
         ("h1 slots=0\n", {}, "line 1: h1 has no slots"),
+        ("me@h1 slots=1\n", {}, "line 1 is not .* me@h1 slots=1; which user ssh takes says launch.ssh_config"),
+        ("h1 slots=1 max_slots=2\n", {}, "line 1 is not .*; leave max_slots out"),
+        ("h1 slots=1\nfe80::1 slots=1\n", {}, "line 2 is not .*; give the address a name"),
+        ("h\0001\0 slots=1\n", {}, "line 1 is not .*; save the file as UTF-8"),
         ("# none\n", {}, "names no host"),
         ("h1 slots=1\n", {"nodes": 2}, "launch.nodes=2: .* lists 1 hosts"),
         ("h1 slots=2\n", {"ranks": 4}, "launch.ranks=4: h1 has 2 slots"),
