@@ -85,6 +85,8 @@ def train(config: Config, say: Callable[[str], None], continue_command: Callable
             from bigtrain.compress import teacher
 
             teacher.check(config)
+        if found is None and config.init_from is not None and (line := pretrained.check_weights(config)) is not None:
+            say(line)
         if found is None and (line := pretrained.pooling_advice(config)) is not None:
             say(line)
         if config.train.privacy.enabled:

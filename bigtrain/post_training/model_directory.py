@@ -104,7 +104,7 @@ def open_source(
         from bigtrain import tasks
 
         model: Any = tasks.build(config).build_model(config.model)
-        transfer.load_initial(model, str(path))
+        transfer.load_initial(model, str(path), new_heads=False)
         tensors = ((name, parameter.detach()) for name, parameter in model.named_parameters())
     else:
         tensors = _used(config, path)
