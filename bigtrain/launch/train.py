@@ -16,6 +16,7 @@ from bigtrain.checkpoint.changes import Change
 from bigtrain.checkpoint.find import Checkpoint
 from bigtrain.config import LABELLED_TASKS, VOCABULARY_MULTIPLE, Config, DeepSpeedConfig, objective_names
 from bigtrain.errors import BigtrainError, ConfigError, unknown_key
+from bigtrain.hints import next_commands
 from bigtrain.launch import Stopped, ops, pretrained, run_dir, ways
 from bigtrain.plan import preflight
 from bigtrain.redact import redact
@@ -75,9 +76,10 @@ def train(config: Config, say: Callable[[str], None], continue_command: Callable
         found = run_dir.check_resume(path, config, before)
         _check_changes(config, before, found)
         if before is not None and (result := _finished(path, config)) is not None:
+            first = next(iter(next_commands(config.task.kind, str(path)).items()))
             say(
                 f"{path} is finished at step {result.get('train/steps')}; "
-                f"to go on: train.steps=N above that; to write with it: bigtrain generate {path}"
+                f"to go on: train.steps=N above that; to {first[0]}: {first[1]}"
             )
             return objective(result, config.train.objective)
         config = prepare_data(config)
