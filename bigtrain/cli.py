@@ -7,7 +7,9 @@ argument, 130 for an interrupt. BIGTRAIN_TRACEBACK=1 shows the traceback too.
 
 from __future__ import annotations
 
+import codecs
 import contextlib
+import json
 import math
 import os
 import shlex
@@ -333,24 +335,45 @@ MAX_MEMORY = click.option(
 @click.option("--seed", default=0, show_default=True)
 @click.option("--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]))
 @MAX_MEMORY
-def generate(
-    run: Path, prompts: tuple[str, ...], max_new_tokens: int, temperature: float, top_k: int | None,
-    top_p: float | None, num_beams: int, seed: int, device: str, max_memory: tuple[str, ...],
-) -> None:  # fmt: skip
-    """Write on from a prompt with the model of RUN, or if it is an encoder-decoder, translate the prompt."""
+@click.option("--jsonl", is_flag=True, help="Print a JSON object a line: prompt, text, tokens, finish_reason.")
+def generate(run: Path, prompts: tuple[str, ...], max_memory: tuple[str, ...], jsonl: bool, **options: Any) -> None:
+    """Write on from a prompt with the model of RUN; an encoder-decoder translates it, a chat model answers it.
+
+    Of lines of stdin each gives one line, in their order: a blank one a blank one, and line breaks are written \\n.
+    """
+    lines = not prompts or "-" in prompts
     texts: list[str] = []
     for prompt in prompts or ("-",):
-        texts += sys.stdin.read().splitlines() if prompt == "-" else [prompt]
+        texts += _stdin_lines() if prompt == "-" else [prompt]
     if not texts:
         raise click.UsageError("no prompt; give --prompt TEXT or lines on stdin")
     from bigtrain import generate as generation
     from bigtrain.checkpoint import inference
 
-    written = generation.run(
-        run, texts, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p,
-        num_beams=num_beams, seed=seed, device=device, max_memory=inference.parse_memory(max_memory),
-    )  # fmt: skip
-    click.echo("\n\n".join(written))
+    memory = inference.parse_memory(max_memory)
+    written, continues = generation.write(run, texts, skip_blank=lines, max_memory=memory, **options)
+    if jsonl:
+        click.echo("\n".join(json.dumps(one.as_json(), ensure_ascii=False) for one in written))
+        return
+    shown = [one.shown(continues) for one in written]
+    if lines:
+        click.echo("\n".join(text.replace("\r", "\\r").replace("\n", "\\n") for text in shown))
+    else:
+        click.echo("\n\n".join(shown))
+
+
+def _stdin_lines() -> list[str]:
+    """The lines of standard input, which are UTF-8 whatever the locale is; only line feeds part them, with or without
+    a carriage return before. Raises ConfigError naming the first line that is not UTF-8."""
+    data = sys.stdin.buffer.read().removeprefix(codecs.BOM_UTF8) if sys.stdin else b""  # None: closed
+    texts: list[str] = []
+    for number, line in enumerate(data.removesuffix(b"\n").split(b"\n") if data else [], 1):
+        try:
+            texts.append(line.removesuffix(b"\r").decode("utf-8"))
+        except UnicodeDecodeError as error:
+            found = f"line {number}, byte {error.start + 1}"
+            raise ConfigError("stdin", found, "is not UTF-8 text", "convert it: iconv -t utf-8") from None
+    return texts
 
 
 @command.command()

@@ -38,6 +38,7 @@ from bigtrain.data.encode_examples import translation_marks
 from bigtrain.data.encode_instructions import CHAT_TEMPLATES, chat_template
 from bigtrain.data.tokenizer import begin_id, find_tokenizer, load_tokenizer, special_ids, vocabulary_size
 from bigtrain.errors import ConfigError
+from bigtrain.files import NAME_MAX, hidden_beside
 from bigtrain.model_card import model_card
 from bigtrain.models.huggingface import to_huggingface
 
@@ -100,7 +101,7 @@ def export_quantized(run: Path, out: Path, format: str, quantize: str | None) ->
         if format != "compressed-tensors":
             raise ConfigError("--quantize", quantize, f"has no format {format}", "take compressed-tensors")
         calibrated.check(quantize, config)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=_existing(out.parent)) as folder:
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=_existing(out.parent)) as folder:
         plain = Path(folder)
         # A graph holds what is computed; the others are made of the weights as they were trained.
         rounded = found if format == "onnx" else None
@@ -126,9 +127,18 @@ def export_quantized(run: Path, out: Path, format: str, quantize: str | None) ->
 
 
 def _new(out: Path) -> Path:
+    """`out` in full. Raises ConfigError for one that is taken or cannot be made, before the model is read."""
     out = out.expanduser().resolve()
+    way_out = "name a directory that is new or empty"
+    if too_long := [part for part in out.parts if len(os.fsencode(part)) > NAME_MAX]:
+        raise ConfigError("out", f"{too_long[0][:40]}...", f"a name of more than {NAME_MAX} bytes", "shorten it")
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise ConfigError("out", str(out), "exists already", "name a directory that is new or empty")
+        raise ConfigError("out", str(out), "exists already", way_out)
+    above = next(parent for parent in out.parents if parent.exists())
+    if not above.is_dir():
+        raise ConfigError("out", str(out), f"{above} is a file", way_out)
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ConfigError("out", str(out), f"{above} may not be written to", way_out)
     return out
 
 
@@ -148,7 +158,7 @@ def _existing(folder: Path) -> Path:
 @contextmanager
 def _staging(out: Path) -> Iterator[Path]:
     """A folder that becomes `out` if the body succeeds, and nothing if not."""
-    staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    staging = hidden_beside(out)
     staging.mkdir(parents=True)
     try:
         yield staging
@@ -225,7 +235,8 @@ def _write(
         (staging / "chat_template.jinja").write_text(template, encoding="utf-8")
     elif (run / "tokenizer" / "chat_template.jinja").is_file():
         shutil.copyfile(run / "tokenizer" / "chat_template.jinja", staging / "chat_template.jinja")
-    (staging / "README.md").write_text(model_card(run, name, config, checkpoint), encoding="utf-8")
+    card = model_card(run, name, config, checkpoint)
+    (staging / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
     return settings
 
 
@@ -352,4 +363,5 @@ def generation_config(config: Config, tokenizer: Any, tokens: dict[str, Any]) ->
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # What is no UTF-8 is written as JSON's own escape of it.
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")

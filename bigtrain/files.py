@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from pathlib import Path
@@ -9,6 +10,17 @@ from pathlib import Path
 from bigtrain.errors import BigtrainError
 
 directory_lost = False  # see enter_somewhere
+NAME_MAX = 255  # bytes of a file's name on every filesystem in use
+
+
+def hidden_beside(path: Path, ending: str = "tmp") -> Path:
+    """A name in the same folder for what is to become `path`, this process's own: it begins with a dot, ends with
+    `ending`, and is no longer than a filesystem takes, however long the name of `path` is."""
+    own, ending = os.fsencode(path.name), f".{os.getpid()}.{ending}"
+    room = NAME_MAX - len(ending) - 1
+    if len(own) > room:
+        own = own[: room - 16] + hashlib.sha256(own).hexdigest()[:16].encode()
+    return path.with_name(f".{own.decode(errors='ignore')}{ending}")
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -16,7 +28,7 @@ def write_atomic(path: Path, text: str) -> None:
 
     Raises OSError if it cannot be written, and leaves nothing of the attempt behind.
     """
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    part = hidden_beside(path)
     try:
         with open(part, "w", encoding="utf-8") as file:
             file.write(text)

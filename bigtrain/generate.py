@@ -6,9 +6,10 @@ import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from bigtrain.data.encode_examples import TranslationEncoder, translation_marks
 from bigtrain.data.encode_instructions import closing_mark, prompt_tokens
 from bigtrain.data.tokenizer import begin_id, load_tokenizer, vocabulary_size
 from bigtrain.errors import ConfigError
+from bigtrain.hints import WRITERS
 
 logger = logging.getLogger(__name__)
 
@@ -30,10 +32,35 @@ Closed = Callable[[list[int]], bool]
 CPU = torch.device("cpu")
 
 
-def run(
+@dataclass(frozen=True)
+class Written:
+    """What a model made of a prompt."""
+
+    prompt: str
+    text: str  # what it wrote alone: what follows the prompt, its translation, its answer
+    tokens: int  # that it wrote for that
+    finish_reason: Literal["stop", "length", "blank"]  # it ended the text; was cut short; there was nothing to read
+
+    def shown(self, continues: bool) -> str:
+        """As a reader wants it: a continuation with what it continues."""
+        return self.prompt + self.text if continues and self.finish_reason != "blank" else self.text
+
+    def as_json(self) -> dict[str, Any]:
+        names = ("prompt", "text", "tokens", "finish_reason")
+        return {name: getattr(self, name) for name in names}
+
+
+def run(run: Path, prompts: list[str], **options: Any) -> list[str]:
+    """What `write` makes of each prompt; of a model that continues a text together with the prompt."""
+    written, continues = write(run, prompts, **options)
+    return [one.shown(continues) for one in written]
+
+
+def write(
     run: Path,
     prompts: list[str],
     *,
+    skip_blank: bool = False,
     max_new_tokens: int = 100,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -42,19 +69,21 @@ def run(
     seed: int = 0,
     device: str = "auto",
     max_memory: dict[str, str] | None = None,
-) -> list[str]:
-    """Each prompt with what the model of run directory `run` writes after it, to the end of the document at most.
-    Of an encoder-decoder the prompt is the source, and the result is what it writes for that alone; of a model that was
-    trained to answer (task=instruction) it is the answer alone.
+) -> tuple[list[Written], bool]:
+    """What the model of run directory `run` writes after each prompt, to the end of the document at most; and whether
+    it continues the prompts. An encoder-decoder translates them, a model that was trained to answer (task=instruction)
+    answers them. With `skip_blank` nothing is made of a blank prompt.
 
     temperature 0 takes the likeliest token (greedy, or with num_beams > 1 beam search); above 0 it samples, from the
     top_k likeliest tokens and the likeliest that make up probability top_p (arXiv 1904.09751). The same arguments and
     prompts give the same text. A prompt that leaves too little of the model's context is shortened at its beginning.
-    Raises ConfigError for what is no run, has no checkpoint, or a number out of range.
+    Raises ConfigError for what is no run, has no checkpoint, a number out of range, or a prompt that is no text.
     """
     check_options(max_new_tokens, temperature, top_k, top_p, num_beams)
+    for prompt in prompts:
+        check_text(prompt)
     config = configuration.load(run / "config.yaml")
-    if config.task.kind not in ("causal_lm", "instruction", "translation"):
+    if config.task.kind not in WRITERS:
         raise ConfigError("RUN", str(run), f"holds a model for {config.task.kind}, which does not write text")
     checkpoint = newest(run)
     if checkpoint is None:
@@ -67,20 +96,85 @@ def run(
     if temperature > 0:  # top_k 0 and top_p 1 are no restriction; transformers would take 50
         options |= {"temperature": temperature, "top_k": top_k or 0, "top_p": top_p or 1.0}
     torch.manual_seed(seed)
-    if isinstance(config.task, TranslationConfig):
-        return write_translations(model, prompts, tokenizer, config, max_new_tokens, options, where)
-    answers = config.task if isinstance(config.task, InstructionConfig) else None
-    size = vocabulary_size(tokenizer)
-    if answers is None:  # as training began its documents
-        encoded = [[begin_id(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in prompts]
-        written = write_on(model, encoded, eos_id, size, max_new_tokens, options, where)
-        texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
-        return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
-    encoded = [prompt_tokens(prompt, answers.template, tokenizer) for prompt in prompts]
-    mark = closing_mark(answers.template, tokenizer)
+    places = [place for place, prompt in enumerate(prompts) if prompt.strip() or not skip_blank]
+    asked = [prompts[place] for place in places]
+    written = [Written(prompt, "", 0, "blank") for prompt in prompts]
+    task = config.task
+    if isinstance(task, TranslationConfig):
+        found = write_translations(model, asked, tokenizer, config, max_new_tokens, options, where)
+    elif isinstance(task, InstructionConfig):
+        found = _answers(model, asked, tokenizer, eos_id, task.template, max_new_tokens, options, where)
+    else:
+        found = _continuations(model, asked, tokenizer, eos_id, max_new_tokens, options, where)
+    for place, one in zip(places, found, strict=True):
+        written[place] = one
+    return written, task.kind == "causal_lm"
+
+
+def check_text(prompt: str) -> None:
+    """Raises ConfigError for half a character or bytes that are no UTF-8, which Python keeps as surrogates."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        begin = max(error.start - 20, 0)
+        raise ConfigError(
+            "prompt", prompt[begin : error.end], "is not UTF-8 text", "convert it: iconv -t utf-8"
+        ) from None
+
+
+def _continuations(
+    model: Any,
+    prompts: list[str],
+    tokenizer: Any,
+    eos_id: int,
+    max_new_tokens: int,
+    options: dict[str, Any],
+    device: torch.device,
+) -> list[Written]:
+    # They begin as training began its documents.
+    encoded = [[begin_id(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in prompts]
+    rows = write_on(model, encoded, eos_id, vocabulary_size(tokenizer), max_new_tokens, options, device)
+    return [
+        Written(
+            prompt, following(tokenizer, before, row), len(row),
+            "stop" if len(row) < room_after(before, max_new_tokens, model.config.max_seq_len) else "length",
+        )
+        for prompt, before, row in zip(prompts, encoded, rows, strict=True)
+    ]  # fmt: skip
+
+
+def following(tokenizer: Any, before: list[int], tokens: list[int]) -> str:
+    """The text of `tokens` where they follow `before`: alone they may lose a blank at their beginning, or half of a
+    character or word."""
+    for known in (before, before[-1:]):
+        begun = tokenizer.decode(known, skip_special_tokens=True)
+        whole: str = tokenizer.decode(known + tokens, skip_special_tokens=True)
+        if whole.startswith(begun):
+            return whole[len(begun) :]
+    alone: str = tokenizer.decode(tokens, skip_special_tokens=True)
+    return alone
+
+
+def _answers(
+    model: Any,
+    prompts: list[str],
+    tokenizer: Any,
+    eos_id: int,
+    template: str,
+    max_new_tokens: int,
+    options: dict[str, Any],
+    device: torch.device,
+) -> list[Written]:
+    encoded = [prompt_tokens(prompt, template, tokenizer) for prompt in prompts]
+    mark = closing_mark(template, tokenizer)
     closed = partial(_ends_with, tokenizer, mark) if mark else None
-    written = write_on(model, encoded, eos_id, size, max_new_tokens, options, where, closed)
-    return [_before(mark, tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in written]
+    rows = write_on(model, encoded, eos_id, vocabulary_size(tokenizer), max_new_tokens, options, device, closed)
+    written = []
+    for prompt, before, row in zip(prompts, encoded, rows, strict=True):
+        ended = len(row) < room_after(before, max_new_tokens, model.config.max_seq_len) or bool(closed and closed(row))
+        text = _before(mark, tokenizer.decode(row, skip_special_tokens=True))
+        written.append(Written(prompt, text, len(row), "stop" if ended else "length"))
+    return written
 
 
 def _ends_with(tokenizer: Any, mark: str, tokens: list[int]) -> bool:
@@ -128,7 +222,7 @@ def write_translations(
     max_new_tokens: int,
     options: dict[str, Any],
     device: torch.device = CPU,
-) -> list[str]:
+) -> list[Written]:
     """What the model makes of each source; one that is too long is cut as in training, and a warning says so."""
     with quiet():
         from bigtrain.models.generation import translate
@@ -136,19 +230,21 @@ def write_translations(
     assert isinstance(config.task, TranslationConfig)
     special, layers = translation_marks(tokenizer, config.model), models.decoder_layers(model)
     encoder = TranslationEncoder(config.task, tokenizer, config.model)
-    texts: list[str] = []
+    made: list[Written] = []
     for begin in range(0, len(sources), BATCH):
-        encoded = encoder.sources(sources[begin : begin + BATCH])
+        batch = sources[begin : begin + BATCH]
+        encoded = encoder.sources(batch)
         length = max(map(len, encoded))
         tokens = torch.tensor([row + [special["pad"]] * (length - len(row)) for row in encoded], device=device)
         mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in encoded], device=device)
         written = translate(
             model, layers, model(tokens, mask), mask, special, vocabulary_size(tokenizer), max_new_tokens, options
         )
-        texts += tokenizer.decode_batch(written)
+        for source, row, text in zip(batch, written, tokenizer.decode_batch(written), strict=True):
+            made.append(Written(source, text, len(row), "stop" if len(row) < max_new_tokens else "length"))
     if encoder.cut:
         logger.warning("%d sources were cut: the model reads %d tokens", encoder.cut, encoder.length)
-    return texts
+    return made
 
 
 def write_on(
@@ -186,10 +282,8 @@ def fit(prompt: list[int], max_new_tokens: int, max_seq_len: int) -> tuple[list[
 
     A prompt is only shortened as far as half the context: then it is the new tokens that get fewer.
     """
-    if len(prompt) + max_new_tokens <= max_seq_len:
-        return prompt, max_new_tokens
-    kept = prompt[-max(max_seq_len - max_new_tokens, max_seq_len // 2, 1) :]
-    room = max_seq_len - len(kept)
+    kept = prompt[-_most_kept(max_new_tokens, max_seq_len) :]
+    room = room_after(prompt, max_new_tokens, max_seq_len)
     if len(kept) < len(prompt):
         logger.warning(
             "the prompt's last %d of %d tokens are used: the model's context is %d", len(kept), len(prompt), max_seq_len
@@ -197,6 +291,15 @@ def fit(prompt: list[int], max_new_tokens: int, max_seq_len: int) -> tuple[list[
     if room < max_new_tokens:
         logger.warning("at most %d tokens are written: the model's context is %d", room, max_seq_len)
     return kept, room
+
+
+def room_after(prompt: list[int], max_new_tokens: int, max_seq_len: int) -> int:
+    """Tokens that may be written after what `fit` leaves of a prompt."""
+    return min(max_new_tokens, max_seq_len - min(len(prompt), _most_kept(max_new_tokens, max_seq_len)))
+
+
+def _most_kept(max_new_tokens: int, max_seq_len: int) -> int:
+    return max(max_seq_len - max_new_tokens, max_seq_len // 2, 1)
 
 
 @torch.inference_mode()

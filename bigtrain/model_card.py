@@ -51,7 +51,7 @@ USES = {
 # What transformers has no class for, sentence-transformers reads (sentence_encoder.py).
 SENTENCE_ENCODER = (
     "from sentence_transformers import SentenceTransformer\n\n"
-    'model = SentenceTransformer("{name}")\n'
+    "model = SentenceTransformer({quoted})\n"
     'print(model.encode("A text."), model[0].auto_model.config.id2label)  # logits'
 )
 USES["instruction"] = USES["causal_lm"]
@@ -60,10 +60,11 @@ USES["instruction"] = USES["causal_lm"]
 def model_card(run: Path, name: str, config: Config, checkpoint: Path) -> str:
     """Markdown with the hub's YAML header. Secrets and the training machine's folders are left out of it."""
     pipeline, auto_class, example = USES[config.task.kind]
+    quoted = json.dumps(name, ensure_ascii=False)  # as Python writes it too
     use = (
         f"from transformers import {auto_class}, AutoTokenizer\n\n"
-        f'model = {auto_class}.from_pretrained("{name}")\n'
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n{example}'
+        f"model = {auto_class}.from_pretrained({quoted})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({quoted})\n{example}"
     )
     by_mean = sentence_encoder.is_one(config)
     header = {
@@ -91,10 +92,10 @@ def model_card(run: Path, name: str, config: Config, checkpoint: Path) -> str:
     sections = yaml.safe_dump({key: made[key] for key in SECTIONS}, sort_keys=False, allow_unicode=True)
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---",
-        f"# {name}",
+        f"# {_one_line(name)}",
         _table(("", ""), rows),
         "## Licence\n\nNot chosen yet: name it here and in the header (`license`). Mind the licence of the data.",
-        f"## Use\n\n```python\n{SENTENCE_ENCODER.format(name=name) if by_mean else use}\n```",
+        f"## Use\n\n```python\n{SENTENCE_ENCODER.format(quoted=quoted) if by_mean else use}\n```",
         "## Metrics\n\n" + (_table(("metric", "value"), metrics) if metrics else "The run has no result yet."),
         f"## Config\n\n```yaml\n{sections}```",
     ]
@@ -135,4 +136,8 @@ def _last_part(path: str) -> str:
 
 def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
     lines = [head, ("---", "---"), *rows]
-    return "\n".join(f"| {left} | {right.replace('|', chr(92) + '|')} |" for left, right in lines)
+    return "\n".join(f"| {left} | {_one_line(right).replace('|', chr(92) + '|')} |" for left, right in lines)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -116,6 +116,8 @@ def run(config: Config, run_dir: Path, terminal: TextIO, stop: threading.Event, 
             new = report.new
             if int(os.environ["RANK"]) == 0:
                 print(redact(transfer.described(report, config.init_from)), file=terminal)
+                record = redact(transfer.record(report, config.init_from))
+                write_atomic(run_dir / transfer.RECORD, json.dumps(record, ensure_ascii=False, indent=1))
         if train.lora.rank:
             add_lora(model, train.lora, new)
         optimizers.freeze(model, train.freeze)

@@ -158,7 +158,7 @@ def test_a_bug_is_one_line_that_says_where_its_traceback_is(tmp_path: Path) -> N
 
 def test_prompts_come_from_stdin_too(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "bigtrain.cli", "generate", "."], input="", cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-m", "bigtrain", "generate", "."], input="", cwd=tmp_path, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (2, "bigtrain: error: no prompt; give --prompt TEXT or lines on stdin\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import json
 import subprocess
@@ -34,6 +35,8 @@ from bigtrain.data.encode_instructions import prompt_text, rendered
 from bigtrain.data.tokenizer import find_tokenizer, train_tokenizer
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.export import export, export_quantized
+from bigtrain.files import write_atomic
+from bigtrain.model_card import model_card
 from bigtrain.models.heads import ClassificationHead, MaskedLMHead, PairHead, QuestionAnsweringHead, TaggingHead
 
 GPT = DecoderConfig(dim=32, n_layers=2, n_heads=4, vocab_size=320, max_seq_len=64, init_std=0.3)
@@ -298,6 +301,27 @@ def test_the_model_card(tmp_path: Path) -> None:
     assert str(tmp_path) not in card
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        'a: "b" #c|d', "größe & co", "-dash", "it's $HOME", "[x]{y}", "back\\slash\\n", "two\nlines", "pa\u2028rt",
+        "'''\"\"\"", "---", "`code`", "%s{0}{name}", "caf\udce9", "n" * 255,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("by_mean", [False, True])
+def test_any_name_in_the_model_card(name: str, by_mean: bool, tmp_path: Path) -> None:
+    """Its header is YAML and its code Python, whatever the directory's name is, and the code names it."""
+    config = Config(model=dataclasses.replace(GPT, vocab_size=97))
+    if by_mean:
+        model = EncoderConfig(dim=32, n_layers=1, n_heads=2, vocab_size=97, pooling="mean")
+        config = Config(model=model, task=ClassificationConfig())
+    card = model_card(tmp_path, name, config, Path("step-1")).encode("utf-8", "backslashreplace").decode()
+    assert yaml.safe_load(card.split("---\n")[1])["tags"][0] == "bigtrain"
+    code = ast.parse(card.split("```python\n")[1].split("```\n")[0])
+    assert name in [node.value for node in ast.walk(code) if isinstance(node, ast.Constant)]
+    assert card.count("\n# ") == 1
+
+
 # ------------------------------------------------------------------------------------------------- refusals
 
 
@@ -325,6 +349,31 @@ def test_what_cannot_be_exported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no complete checkpoint"):
         export(run, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "odd", "run"]
+
+
+@pytest.mark.parametrize("format", ["huggingface", "onnx"])
+def test_where_nothing_can_be_written(format: str, tmp_path: Path) -> None:
+    """Said before anything is read: there is no run."""
+
+    def write(out: Path) -> Any:
+        return export(tmp_path, out) if format == "huggingface" else export_quantized(tmp_path, out, format, None)
+
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"file/deep/below': \S+/file is a file; name a directory"):
+        write(tmp_path / "file" / "deep" / "below")
+    for name in ("n" * 256, "ü" * 128):
+        with pytest.raises(ConfigError, match=r"\.\.\.': a name of more than 255 bytes; shorten it"):
+            write(tmp_path / name / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_longest_name_that_there_is(tmp_path: Path) -> None:
+    run, _ = decoder_run(tmp_path / ("r" * 255), GPT)
+    for name in ("n" * 255, "ü" * 127 + "n"):
+        assert (export(run, tmp_path / name) / "config.json").is_file()
+        write_atomic(tmp_path / name / name, "text")
+        assert (tmp_path / name / name).read_text() == "text"
+        assert not list((tmp_path / name).glob(".*"))
 
 
 def test_an_empty_directory_is_filled_and_a_failure_leaves_nothing(tmp_path: Path) -> None:

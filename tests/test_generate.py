@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
+from tokenizers import Tokenizer, decoders
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -229,20 +232,86 @@ def test_several_prompts_come_back_in_their_order(run_dir: Path) -> None:
     assert generate.run(run_dir, prompts, max_new_tokens=20) == alone
 
 
+SHORT = ["--max-new-tokens", "3", "--temperature", "0", "--device", "cpu"]
+
+
+def give(monkeypatch: pytest.MonkeyPatch, data: bytes, encoding: str = "utf-8") -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data), encoding=encoding))
+
+
 def test_lines_of_stdin_come_back_in_their_order(
     run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Batch mode: a prompt a line, between prompts of the command line where it says `-`."""
-    lines = ["one two", "three", "one"]
-    shared = ["--max-new-tokens", "3", "--temperature", "0", "--device", "cpu"]
+    """Batch mode: a prompt a line, between prompts of the command line where it says `-`; a line each comes out."""
+    lines = ["one two", "three", "one", "pa\u2028rt", "fo\frm", "na\x85me", "\x0bv", "\x1cs"]
     alone = []
     for line in ["first", *lines]:
-        assert cli._run(["generate", str(run_dir), "--prompt", line, *shared]) == 0
+        assert cli._run(["generate", str(run_dir), "--prompt", line, *SHORT]) == 0
         alone.append(capsys.readouterr().out.removesuffix("\n"))
-    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-    assert cli._run(["generate", str(run_dir), "--prompt", "first", "--prompt", "-", *shared]) == 0
-    assert capsys.readouterr().out.removesuffix("\n") == "\n\n".join(alone)
-    assert len(set(alone)) == 4
+    assert len(set(alone)) == len(alone)
+    expected = "".join(text.replace("\r", "\\r").replace("\n", "\\n") + "\n" for text in alone)
+    text = "".join(f"{line}\n" for line in lines)
+    for data in (text.encode(), text.encode("utf-8-sig"), text.replace("\n", "\r\n").encode(), text.encode()[:-1]):
+        give(monkeypatch, data, "latin-1")  # whatever the locale is
+        assert cli._run(["generate", str(run_dir), "--prompt", "first", "--prompt", "-", *SHORT]) == 0
+        assert capsys.readouterr().out == expected
+
+
+def test_blank_lines_stay_blank_and_line_breaks_are_written_out(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "following", lambda *_: "a\nb\r\n")
+    give(monkeypatch, b"\none\n \t\ntwo\n\n")
+    assert cli._run(["generate", str(run_dir), *SHORT]) == 0
+    assert capsys.readouterr().out == "\n" + r"onea\nb\r\n" + "\n\n" + r"twoa\nb\r\n" + "\n\n"
+    give(monkeypatch, b"one\n\n")
+    assert cli._run(["generate", str(run_dir), "--jsonl", *SHORT]) == 0
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first == {"prompt": "one", "text": "a\nb\r\n", "tokens": 3, "finish_reason": "length"}
+    assert second == {"prompt": "", "text": "", "tokens": 0, "finish_reason": "blank"}
+    monkeypatch.undo()
+    (text,) = generate.run(run_dir, [""], max_new_tokens=3)
+    assert text, "an empty prompt that is asked for is a beginning"
+
+
+@pytest.mark.parametrize(
+    ("data", "where"),
+    [
+        (b"good\ncaf\xe9\n", "line 2, byte 4"),
+        (b"\xf0\x9f\x99", "line 1, byte 1"),
+        ("good\n".encode("utf-16"), "line 1, byte 1"),
+        (b"a\xed\xa0\x80", "line 1, byte 2"),  # half of a surrogate pair
+    ],
+)
+def test_what_is_no_text_is_one_line(
+    data: bytes, where: str, run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    give(monkeypatch, data)
+    assert cli._run(["generate", str(run_dir), *SHORT]) == 2
+    assert (
+        capsys.readouterr().err == f"bigtrain: error: stdin='{where}': is not UTF-8 text; convert it: iconv -t utf-8\n"
+    )
+    with pytest.raises(ConfigError, match=r"prompt='caf\\udce9': is not UTF-8 text"):
+        generate.run(run_dir, ["caf\udce9"])
+
+
+def test_new_tokens_are_read_after_their_prompt() -> None:
+    """SentencePiece drops the blank before the first word; WordPiece marks what goes on in a word; a character may be
+    several byte-level tokens."""
+    words = {"<s>": 0, "\u2581alpha": 1, "\u2581beta": 2, "\u2581": 3, "ha": 4}
+    pieces = Tokenizer(tokenizers.models.WordLevel(words, unk_token="<s>"))
+    pieces.add_special_tokens(["<s>"])
+    pieces.decoder = decoders.Metaspace()
+    assert generate.following(pieces, [0, 1], [2, 1]) == " beta alpha"
+    assert generate.following(pieces, [0, 1], [4]) == "ha"
+    assert generate.following(pieces, [0], [2, 1]) == "beta alpha"
+    words = {"[CLS]": 0, "play": 1, "##ing": 2, ".": 3}
+    pieces = Tokenizer(tokenizers.models.WordPiece(words, unk_token="[CLS]"))
+    pieces.decoder = decoders.WordPiece()
+    assert generate.following(pieces, [1], [2, 3]) == "ing."
+    bytewise = train_tokenizer(["nothing"], 280)
+    whole = bytewise.encode("\u00e9\U0001f642").ids
+    assert generate.following(bytewise, whole[:2], whole[2:]) == "\U0001f642"
 
 
 class Reciting(DecoderForGeneration):

@@ -154,9 +154,11 @@ def load_matching(model: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Re
 
 def reads(model: nn.Module) -> bool:
     """Whether this rank needs the tensors' bytes: rank 0 hands them out to a model that zero.Init has sharded, and
-    every rank reads for itself where it holds the model whole."""
+    every rank reads for itself where it holds the model whole. A model on the meta device needs none."""
     import torch.distributed as dist
 
+    if all(parameter.is_meta for parameter in model.parameters()):
+        return False  # nothing to write into: names and shapes are compared
     return not any(map(_sharded, model.parameters())) or not dist.is_initialized() or dist.get_rank() == 0
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bigtrain import tasks
 from bigtrain.batch import IGNORED, Batch, LossSums
-from bigtrain.checkpoint.transfer import is_transformers
+from bigtrain.checkpoint import transfer
 from bigtrain.checkpoint.weights import load_matching
 from bigtrain.compress import teacher as teachers
 from bigtrain.compress.teacher_cache import TeacherCache
@@ -206,7 +206,7 @@ def watching(model: nn.Module, task: str, deep: bool, soft: SoftTargets | WholeL
         def keep(_: nn.Module, __: Any, output: Any) -> None:
             seen.output = getattr(output, "logits", output)
 
-        whole: Any = model.model if is_transformers(model) and task not in LABELLED else model
+        whole: Any = model.model if transfer.is_transformers(model) and task not in LABELLED else model
         handles.append(whole.register_forward_hook(keep))
     for layer in layers(model) if deep else ():
         handles.append(layer.register_forward_hook(_keep_hidden(seen)))
@@ -251,7 +251,7 @@ def layers(model: Any) -> nn.ModuleList:
 
 def fuses(model: Any, task: str) -> bool:
     """Whether the model's head makes loss and gradient of some rows at a time (models/cross_entropy.py)."""
-    return task not in LABELLED and not is_transformers(model)
+    return task not in LABELLED and not transfer.is_transformers(model)
 
 
 # --------------------------------------------------------------------------------------------------- row by row
@@ -343,4 +343,4 @@ def initialize(model: nn.Module, path: Path, config: Config) -> None:
             for mine in places.get(int(number), ()):
                 yield f"{prefix}{mine}.{rest}", tensor
 
-    load_matching(model, renamed())
+    transfer.check_fit(model, load_matching(model, renamed()), f"{teachers.FIELD}={settings.teacher}")

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
+from bigtrain.hints import next_commands
 from bigtrain.hooks.base import Hook, Metrics, RunInfo
 
 SECONDS_BETWEEN_LINES = 5.0  # plain output; evaluations and the last step are always shown
@@ -69,8 +70,9 @@ class ConsoleHook(Hook):
 
     def on_end(self, result: dict[str, Any]) -> None:
         self.close()
-        run = result.get("run") or (self._info.run_dir if self._info else "RUN")
-        for line in summary(result, str(run)):
+        assert self._info is not None
+        run = result.get("run") or self._info.run_dir
+        for line in summary(result, str(run), self._info.config.task.kind):
             self._say(line)
 
     def close(self) -> None:
@@ -134,7 +136,7 @@ def step_line(metrics: Metrics, seconds_left: float | None) -> str:
     return "  ".join(parts)
 
 
-def summary(result: dict[str, Any], run: str) -> list[str]:
+def summary(result: dict[str, Any], run: str, task: str) -> list[str]:
     """The lines after the last step, from what result.json holds; anything that is missing is left out."""
     steps, seconds = result.get("train/steps"), result.get("time/total_seconds")
     status = result.get("status", "finished")
@@ -150,10 +152,7 @@ def summary(result: dict[str, Any], run: str) -> list[str]:
         compare = f" (gzip -9: {gzip:.3f})" if gzip is not None else ""
         numbers.append(f"{result['eval/bits_per_byte']:.3f} bits per byte{compare}")
     lines = [f"{line}: {', '.join(numbers)}" if numbers else line]
-    if result.get("eval/bits_per_byte") is not None:
-        lines.append(f'generate:  bigtrain generate {run} --prompt "..."')
-    lines.append(f"report:    bigtrain report {run}")
-    return lines
+    return lines + [f"{name + ':':<10} {typed}" for name, typed in next_commands(task, run).items()]
 
 
 def count(value: float) -> str:

@@ -98,6 +98,53 @@ def pooling_advice(config: Config) -> str | None:
     return said if by_mean else None
 
 
+def check_weights(config: Config) -> str | None:
+    """Compare the weights of `init_from` with the model, and its tokens with those of the prepared data, before any
+    rank starts: names and shapes, no bytes. A line about tokens that have been renamed, or None.
+
+    Raises BigtrainError for weights that do not fit, ConfigError for other tokens.
+    """
+    import torch
+
+    from bigtrain import tasks
+    from bigtrain.checkpoint import transfer
+
+    assert config.init_from is not None
+    task = tasks.build(config)
+    with torch.device("meta"):
+        model = task.build_model(config.model)
+    transfer.load_initial(model, config.init_from)
+    return _check_tokens(config.init_from, str(task.tokenizer_file))
+
+
+MOST_RENAMED = 0.02  # of the tokens: reserved ones get new names
+
+
+def _check_tokens(source: str, tokenizer_file: str) -> str | None:
+    """Rows of an embedding mean what the tokenizer that it was trained with says. Tokens beyond those are new ones."""
+    from bigtrain.data.tokenizer import find_tokenizer
+
+    path = Path(source)
+    places = (path, path / "tokenizer", path.parent.parent / "tokenizer")  # a directory, a run, one of its checkpoints
+    found = next((place for place in places if (place / "tokenizer.json").is_file()), None)
+    if found is None:
+        return None
+    theirs = find_tokenizer(str(found), "init_from").get_vocab(with_added_tokens=True)
+    mine = find_tokenizer(tokenizer_file).get_vocab(with_added_tokens=True)
+    known = {number: token for token, number in theirs.items()}
+    other = [(number, token) for token, number in mine.items() if known.get(number, token) != token]
+    if not other:
+        return None
+    number, token = min(other)
+    first = f"{number} is {known[number]!r} there and {token!r} in the data"
+    if len(other) > MOST_RENAMED * len(mine):
+        raise ConfigError(
+            "init_from", source, f"its weights are of other tokens: {first}, and {len(other)} of {len(mine)} differ",
+            f"take data.tokenizer.path={found}",
+        )  # fmt: skip
+    return f"{len(other)} tokens have other names than in {found}: {first}"
+
+
 def with_teacher(config: Config) -> Config:
     """A distillation's teacher as the directory that it is, whose tokenizer the student takes if no other is named."""
     distil = config.compress.distil

@@ -16,6 +16,7 @@ from bigtrain.checkpoint.changes import Change
 from bigtrain.checkpoint.find import Checkpoint
 from bigtrain.config import LABELLED_TASKS, VOCABULARY_MULTIPLE, Config, DeepSpeedConfig, objective_names
 from bigtrain.errors import BigtrainError, ConfigError, unknown_key
+from bigtrain.hints import next_commands
 from bigtrain.launch import Stopped, foreign, ops, pretrained, run_dir, ways
 from bigtrain.plan import preflight
 from bigtrain.redact import redact
@@ -95,9 +96,10 @@ def train(config: Config, say: Callable[[str], None], continue_command: Callable
         found = run_dir.check_resume(path, config, before)
         _check_changes(config, before, found)
         if before is not None and (result := _finished(path, config)) is not None:
+            first = next(iter(next_commands(config.task.kind, str(path)).items()))
             say(
                 f"{path} is finished at step {result.get('train/steps')}; "
-                f"to go on: train.steps=N above that; to write with it: bigtrain generate {path}"
+                f"to go on: train.steps=N above that; to {first[0]}: {first[1]}"
             )
             return objective(result, config.train.objective)
         config = prepare_data(config)
@@ -105,6 +107,8 @@ def train(config: Config, say: Callable[[str], None], continue_command: Callable
             from bigtrain.compress import teacher
 
             teacher.check(config)
+        if found is None and config.init_from is not None and (line := pretrained.check_weights(config)) is not None:
+            say(line)
         if found is None and (line := pretrained.pooling_advice(config)) is not None:
             say(line)
         if config.train.privacy.enabled:

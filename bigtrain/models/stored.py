@@ -16,6 +16,7 @@ from bigtrain.errors import BigtrainError
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of what weights are trained in
 
 
 class StoredTensors:
@@ -52,16 +53,41 @@ class StoredTensors:
         """In the order of the files."""
         return list(self._files)
 
+    def weight(self, name: str, read: bool = True) -> Tensor:
+        """As `tensor`. Raises BigtrainError for one in integers or 8-bit floats: numbers without their scales."""
+        if (dtype := self.dtype(name)) not in FLOATS:
+            problem = f"{name} is in {dtype}: quantized weights cannot be trained"
+            raise BigtrainError(f"{self._files[name]}: {problem}; take the original ones ({', '.join(FLOATS)})")
+        return self.tensor(name, read)
+
+    def dtype(self, name: str) -> str:
+        """As safetensors calls it: F32, BF16, I8, ..."""
+        return str(self._slice(name).get_dtype())
+
+    def equal(self, one: str, other: str) -> bool:
+        """Whether two tensors hold the same numbers in the same shape."""
+        first, second = self.tensor(one), self.tensor(other)
+        return first.shape == second.shape and bool((first == second).all())
+
     def tensor(self, name: str, read: bool = True) -> Tensor:
         """The tensor on the CPU; without `read` one of its shape on the meta device, for which no bytes are read."""
         from safetensors import SafetensorError
 
+        if not read:
+            return torch.empty(self._slice(name).get_shape(), device="meta")
         file = self._files[name]
         try:
-            if read:
-                tensor: Tensor = self._open(file).get_tensor(name)
-                return tensor
-            return torch.empty(self._open(file).get_slice(name).get_shape(), device="meta")
+            tensor: Tensor = self._open(file).get_tensor(name)
+            return tensor
+        except (SafetensorError, OSError) as error:
+            raise BigtrainError(f"{file}: cannot be read: {error}") from None
+
+    def _slice(self, name: str) -> Any:
+        from safetensors import SafetensorError
+
+        file = self._files[name]
+        try:
+            return self._open(file).get_slice(name)
         except (SafetensorError, OSError) as error:
             raise BigtrainError(f"{file}: cannot be read: {error}") from None
 
@@ -70,6 +96,8 @@ class StoredTensors:
 
         if self._opened is None or self._opened[0] != file:
             self._opened = None  # unmapped before the next is mapped
+            if not file.is_file():
+                raise BigtrainError(f"{file}: is not there, though {INDEX} names it; fetch it again")
             try:
                 self._opened = file, safe_open(file, framework="pt")  # maps the file, reads its header
             except (SafetensorError, OSError) as error:

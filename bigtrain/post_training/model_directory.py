@@ -23,7 +23,7 @@ from bigtrain.compress_config import CompressConfig
 from bigtrain.config import LABELLED_TASKS, Config, HuggingFaceConfig, ModelConfig
 from bigtrain.data.tokenizer import find_tokenizer
 from bigtrain.errors import ConfigError
-from bigtrain.files import write_atomic
+from bigtrain.files import hidden_beside, write_atomic
 from bigtrain.launch import train as launch
 from bigtrain.worker import LABELS
 
@@ -40,7 +40,7 @@ def write(
     out: Path, config: Config, model: ModelConfig, tensors: Iterable[tuple[str, Tensor]], tokenizer: Path, labels: Any
 ) -> Path:
     """`tokenizer`: a directory with tokenizer.json; `labels`: names of a classifier's outputs, or nothing."""
-    staging = out.with_name(f".{out.name}.tmp")
+    staging = hidden_beside(out)
     shutil.rmtree(staging, ignore_errors=True)
     checkpoint = staging / FOLDER / "step-00000000"
     checkpoint.mkdir(parents=True)
@@ -104,12 +104,12 @@ def open_source(
         from bigtrain import tasks
 
         model: Any = tasks.build(config).build_model(config.model)
-        transfer.load_initial(model, str(path))
+        transfer.load_initial(model, str(path), new_heads=False)
         tensors = ((name, parameter.detach()) for name, parameter in model.named_parameters())
     else:
         tensors = _used(config, path)
     found = find_tokenizer(str(path), "RUN")
-    folder = out.with_name(f".{out.name}-tokenizer")
+    folder = hidden_beside(out, "tokenizer")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         found.save(str(folder / "tokenizer.json"))

@@ -78,9 +78,10 @@ def test_damaged_and_missing_files_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(BigtrainError, match="cannot be read"):
         read_weights(tmp_path)
     (tmp_path / "model.safetensors").unlink()
-    for text in ("{", "[]", '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'):
+    missing = '{"weight_map": {"a": "model-00001-of-00002.safetensors"}}'
+    for text, said in (("{", "cannot be read"), ("[]", "cannot be read"), (missing, "is not there, though")):
         (tmp_path / "model.safetensors.index.json").write_text(text)
-        with pytest.raises(BigtrainError, match="cannot be read"):
+        with pytest.raises(BigtrainError, match=said):
             read_weights(tmp_path)
 
 

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import io
+import shlex
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from rich.console import Console
 
-from bigtrain.config import Config
+from bigtrain.config import Config, TaskConfig, kinds
+from bigtrain.hints import WRITERS, next_commands
 from bigtrain.hooks import console as module
 from bigtrain.hooks.console import ConsoleHook, count, duration, summary
 from tests.hooks.runs import run_info
@@ -76,12 +79,22 @@ def test_summary_says_what_came_out_and_what_to_do_next() -> None:
         "eval/bits_per_byte": 1.8312,
         "eval/gzip_bits_per_byte": 2.0501,
     }
-    assert summary(result, "runs/a") == [
+    assert summary(result, "runs/a", "causal_lm") == [
         "finished at step 1000 after 0:04:12: held-out loss 2.7134, 1.831 bits per byte (gzip -9: 2.050)",
         'generate:  bigtrain generate runs/a --prompt "..."',
         "report:    bigtrain report runs/a",
     ]
-    assert summary({"status": "stopped", "train/steps": 10}, "runs/a")[0] == "stopped at step 10"
+    assert summary({"status": "stopped", "train/steps": 10}, "runs/a", "tagging") == [
+        "stopped at step 10", "evaluate:  bigtrain evaluate runs/a", "report:    bigtrain report runs/a"
+    ]  # fmt: skip
+
+
+def test_what_is_proposed_is_what_the_task_can() -> None:
+    """Before the prompt is read `generate` refuses what `WRITERS` does not name."""
+    for kind in (kind for task in get_args(TaskConfig) for kind in kinds(task)):
+        first = next(iter(next_commands(kind, "runs/it's").values()))
+        assert first.startswith("bigtrain generate" if kind in WRITERS else "bigtrain evaluate")
+        assert shlex.split(first)[2] == "runs/it's"
 
 
 @pytest.mark.parametrize(

@@ -144,10 +144,11 @@ def test_generate_writes_the_translation_alone(
 
     # a source a line on stdin, with beams
     beams = generate.run(run, texts, max_new_tokens=6, num_beams=3)
-    monkeypatch.setattr("sys.stdin", io.StringIO("".join(f"{text}\n" for text in texts)))
+    lines = "".join(f"{text}\n" for text in ["", *texts, " "])
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(lines.encode())))
     capsys.readouterr()
     assert cli._run(["generate", str(run), "--prompt", "-", "--max-new-tokens", "6", "--num-beams", "3"]) == 0
-    assert capsys.readouterr().out == "\n\n".join(beams) + "\n"
+    assert capsys.readouterr().out == "\n".join(["", *beams, ""]) + "\n", "as many lines as sacrebleu -i expects"
 
 
 def test_only_an_encoder_decoder_translates(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ from bigtrain.config import HuggingFaceConfig
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.heap import Trimmer
 from bigtrain.models.huggingface.configs import read_values
-from bigtrain.models.huggingface.importing import open_weights
+from bigtrain.models.huggingface.importing import BUFFERS, another_copy, open_weights
 from bigtrain.models.network import Network
+from bigtrain.models.stored import FLOATS, StoredTensors
 
 PREFIX = "model."  # of the wrapped model's parameters
 DEFAULT_LENGTH = 512  # of an architecture whose positions have no end
+WRITE = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")  # their output layer is no task's head
 
 # task -> the class of transformers that makes its model
 CLASSES = {
@@ -73,7 +76,7 @@ def read_config(directory: Path, task: str, pretrained: bool = True, key: str = 
     except Exception as error:
         raise ConfigError(key, str(directory), f"its config.json is no {kind}'s ({_one_line(error)})") from None
     if pretrained:
-        open_weights(directory, key)
+        _check_stored(open_weights(directory, key), model, key)
     if task == "translation":
         values["decoder_start_token_id"] = _decoder_start(directory, theirs, key)
     embedding = model.get_input_embeddings()
@@ -136,30 +139,69 @@ def iterate_weights(adapter: TransformersModel, directory: Path, read: bool = Tr
     """(the adapter's parameter name, tensor) of a directory with safetensors; one tensor is held at a time.
 
     Names with and without the base model's prefix fit, and either name of a tied weight. Without `read` the tensors are
-    on the meta device. Raises BigtrainError for a missing weight of the base model (the task's head may be new).
+    on the meta device. What the model has no place for comes empty, to be named among what is left out. Raises
+    BigtrainError for a missing weight of the base model (the task's head may be new), one in a layer that the model
+    does not have, or a quantized one.
     """
     stored, model = open_weights(directory), adapter.model
-    first: dict[int, str] = {}
-    places = {
-        name: first.setdefault(id(parameter), name)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
+    places = _places(model)
     buffers = {name for name, _ in model.named_buffers()}
+    stacks = {stack for name in places if (stack := _stack(name))}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
     found: set[str] = set()
     rename = _renaming(model)
     for name in stored.names:
-        renamed = rename(name)
-        candidates = (renamed, f"{model.base_model_prefix}.{renamed}")
+        candidates = _candidates(rename(name), model)
         place = next((places[candidate] for candidate in candidates if candidate in places), None)
-        if place is None:
-            if not buffers.intersection(candidates):
-                yield PREFIX + name, torch.empty(0, device="meta")  # to be named among what was not used
-        elif place not in found:
+        if place is not None and place not in found:
             found.add(place)
-            yield PREFIX + place, stored.tensor(name, read)
+            yield PREFIX + place, stored.weight(name, read)
+        elif place is None and not buffers.intersection(candidates) and not BUFFERS.search(name):
+            known = any(pattern.search(name) for pattern in ignored)
+            if not known and stacks.intersection(map(_stack, candidates)):
+                raise BigtrainError(
+                    f"{directory}: holds {name}, which no {type(model).__name__} of its config.json has"
+                )
+            yield PREFIX + name, torch.empty(0, device="meta")
     for name in _base_names(model):
         if places[name] not in found:
             raise BigtrainError(f"{directory}: has no weight {name}, which {type(model).__name__} needs")
+
+
+def _places(model: Any) -> dict[str, str]:
+    """Every name of a parameter -> its first; a tied one has several."""
+    first: dict[int, str] = {}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: first.setdefault(id(parameter), name) for name, parameter in named}
+
+
+def _candidates(name: str, model: Any) -> tuple[str, str]:
+    """What a tensor of a file may be in the model: files of base models lack the prefix."""
+    return name, f"{model.base_model_prefix}.{name}"
+
+
+def _stack(name: str) -> str:
+    """The list of layers that a parameter is in, as model.layers; "" where it is in none."""
+    parts = name.split(".")
+    numbered = [index for index, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbered[0]]) if numbered else ""
+
+
+def _check_stored(stored: StoredTensors, model: Any, key: str) -> None:
+    """Raises ConfigError for what a file holds and training would silently lose: of two tensors that are one by
+    config.json the other, if they differ, and numbers of a buffer that were learned, for what is trained and saved are
+    parameters."""
+    places, rename, first = _places(model), _renaming(model), dict[str, str]()
+    kept = {name for name in model.state_dict() if name not in places}  # buffers that transformers saves
+    for name in stored.names:
+        candidates = _candidates(rename(name), model)
+        place = next((places[candidate] for candidate in candidates if candidate in places), None)
+        if place is not None and (other := first.setdefault(place, name)) != name and not stored.equal(name, other):
+            raise ConfigError(key, str(stored.directory), *another_copy(name, other))
+        learned = place is None and kept.intersection(candidates) and not BUFFERS.search(name)
+        if learned and stored.dtype(name) in FLOATS and bool(stored.tensor(name).any()):
+            problem = f"holds {name}, which was learned but is no parameter of {type(model).__name__}"
+            raise ConfigError(key, str(stored.directory), problem, "it would be lost: take another model")
 
 
 def _renaming(model: Any) -> Callable[[str], str]:
@@ -195,6 +237,7 @@ class TransformersModel(Network):
             setattr(theirs, name, value)
         self.config = config
         self.model = _make(CLASSES[task], theirs)
+        self._writes, self._base = CLASSES[task] in WRITE, frozenset(_base_names(self.model))
         parameters = inspect.signature(self.model.forward).parameters
         self.takes_types = "token_type_ids" in parameters and getattr(theirs, "type_vocab_size", 0) > 1
         self.takes_cache = "use_cache" in parameters
@@ -203,6 +246,14 @@ class TransformersModel(Network):
 
     def tie_weights(self) -> None:
         self.model.tie_weights()
+
+    def head_of(self, name: str) -> str | None:
+        """The task's head or the pooler that a parameter belongs to; None of the model itself, and of the layer that
+        gives a writer's logits."""
+        own = name.removeprefix(PREFIX)
+        if "pooler" in own:
+            return own.partition("pooler")[0] + "pooler"
+        return None if self._writes or own in self._base else own.partition(".")[0]
 
     @torch.no_grad()
     def init_weights(self) -> None:

@@ -20,7 +20,7 @@ from bigtrain.config import (
 )
 from bigtrain.errors import ConfigError
 from bigtrain.models.huggingface import seq2seq
-from bigtrain.models.huggingface.importing import open_weights
+from bigtrain.models.huggingface.importing import check_copies, open_weights
 from bigtrain.models.huggingface.names import ROPE_SCALINGS
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,7 @@ def read_config(directory: Path, key: str = "init_from") -> OurModelConfig:
         if kind == "modernbert" and "classifier.weight" in names:
             problem = "before its classifier is a layer that our heads do not have; model=hf takes it as it is"
             raise refuse("architectures", theirs.architectures, problem)
+    check_copies(stored, config, key)
     return config
 
 

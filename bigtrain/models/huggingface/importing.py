@@ -10,13 +10,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bigtrain.config import EncoderConfig, OurModelConfig
+from bigtrain.config import EncoderConfig, OurModelConfig, Seq2SeqConfig
 from bigtrain.encryption import is_encrypted
 from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.models.huggingface import seq2seq
 from bigtrain.models.huggingface.names import BACKBONE, Family, family_of
 from bigtrain.models.stored import INDEX, SINGLE, StoredTensors
 
-_BUFFERS = re.compile(r"attn\.(masked_)?bias$|rotary_emb\.inv_freq$")  # of older files; they hold nothing learned
+# Of older files; they hold nothing learned.
+BUFFERS = re.compile(r"(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$|position_ids$|token_type_ids$")
 _IN_A_LAYER = re.compile(r"\.\d+\.")
 
 
@@ -26,10 +28,11 @@ def iterate_weights(
     """(our parameter name, tensor) of a directory for which `read_config` gave `config`; one tensor is held at a time.
 
     prefix: of the names of the model itself, by default "backbone." for an encoder, "" for a decoder. An encoder's
-    heads come as "head." and "pair_head.", those that the files hold: for masked words, pairs, or `classifier`.
+    heads come as "head." and "pair_head.", those that the files hold: for masked words, pairs, or `classifier`. What
+    else the files hold comes last, empty, under their own names: to be named among what is left out.
     Without `read` the tensors are on the meta device: names and shapes, and no bytes.
-    Raises BigtrainError for a weight that is missing, or one in a layer that our model has no place for; ConfigError
-    where there are pickled weights only.
+    Raises BigtrainError for a weight that is missing, is quantized, or is in a layer that our model has no place for;
+    ConfigError where there are pickled weights only.
     """
     stored, family = open_weights(directory), family_of(config)
     names = set(stored.names)
@@ -42,7 +45,7 @@ def iterate_weights(
         for place, name in zip(places, rule.theirs, strict=True):
             if place is None:
                 raise BigtrainError(f"{directory}: has no weight {name}, which its config.json asks for")
-            parts.append(stored.tensor(place, read))
+            parts.append(stored.weight(place, read))
             used.add(place)
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         ours = rule.ours
@@ -53,9 +56,36 @@ def iterate_weights(
         elif prefix is not None and not isinstance(config, EncoderConfig):
             ours = prefix + ours
         yield ours, whole.t() if rule.transposed else whole
+    used |= {place for copy in family.copies if (place := _locate(copy, names, family)) is not None}
+    if isinstance(config, Seq2SeqConfig):
+        used |= {place for copy in seq2seq.CONSTANTS if (place := _locate(copy, names, family)) is not None}
     for name in sorted(names - used):
-        if _IN_A_LAYER.search(name) and not _BUFFERS.search(name):
+        if BUFFERS.search(name):
+            continue
+        if _IN_A_LAYER.search(name):
             raise BigtrainError(f"{directory}: holds {name}, which no {family.model_type} of its config.json has")
+        yield name, torch.empty(0, device="meta")
+
+
+def check_copies(stored: StoredTensors, config: OurModelConfig, key: str) -> None:
+    """Raises ConfigError for a second copy of a tensor that is another than the first, which alone is read."""
+    family = family_of(config)
+    names = set(stored.names)
+    read = {name for rule in family.rules(config) for name in rule.theirs}
+    for copy, original in family.copies.items():
+        if copy in read:
+            continue  # an untied head, a parameter of its own
+        one, other = _locate(copy, names, family), _locate(original, names, family)
+        if one and other and one != other and not stored.equal(one, other):
+            raise ConfigError(key, str(stored.directory), *another_copy(one, other))
+
+
+def another_copy(one: str, other: str) -> tuple[str, str]:
+    """(problem, way out) of two tensors that ought to be one."""
+    return (
+        f"its {one} is another than its {other}, though they are one by its config.json",
+        'write "tie_word_embeddings": false there if the model has both, or remove the one that it has not',
+    )
 
 
 def open_weights(directory: Path, key: str = "init_from") -> StoredTensors:

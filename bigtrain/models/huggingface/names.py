@@ -46,6 +46,7 @@ class Family:
     model_type: str
     prefix: str  # of the base model's parameters in a model with a head
     rules: Callable[[Any], list[Rule]]  # config -> every parameter, those of all heads too
+    copies: dict[str, str]  # a tensor that files may hold besides -> the one that it equals in a tied model
 
 
 def family_of(config: OurModelConfig) -> Family:
@@ -199,9 +200,19 @@ def _module(ours: str, *theirs: str, transposed: bool = False, bias: bool = True
     return [*rules, Rule(f"{ours}.bias", tuple(f"{name}.bias" for name in theirs))] if bias else rules
 
 
-GPT2 = Family("gpt2", "transformer.", _gpt2)
-LLAMA = Family("llama", "model.", _llama)
-BERT = Family("bert", "bert.", _bert)
-ROBERTA = Family("roberta-prelayernorm", "roberta_prelayernorm.", _roberta)
-MODERNBERT = Family("modernbert", "model.", _modernbert)
-PEGASUS = Family("pegasus", "model.", _pegasus)
+_WORDS = "embeddings.word_embeddings.weight"
+GPT2 = Family("gpt2", "transformer.", _gpt2, {"lm_head.weight": "wte.weight"})
+LLAMA = Family("llama", "model.", _llama, {"lm_head.weight": "embed_tokens.weight"})
+BERT = Family(
+    "bert", "bert.", _bert,
+    {"cls.predictions.decoder.weight": _WORDS, "cls.predictions.decoder.bias": "cls.predictions.bias"},
+)  # fmt: skip
+ROBERTA = Family(
+    "roberta-prelayernorm", "roberta_prelayernorm.", _roberta,
+    {"lm_head.decoder.weight": _WORDS, "lm_head.decoder.bias": "lm_head.bias"},
+)  # fmt: skip
+MODERNBERT = Family("modernbert", "model.", _modernbert, {"decoder.weight": "embeddings.tok_embeddings.weight"})
+PEGASUS = Family(
+    "pegasus", "model.", _pegasus,
+    dict.fromkeys(("lm_head.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight"), "shared.weight"),
+)  # fmt: skip

@@ -25,6 +25,7 @@ POSSIBLE: dict[str, tuple[Any, ...]] = {
 # What is no parameter of ours. Files hold it all the same: older versions of transformers would fill in anything.
 POSITIONS = ("encoder.embed_positions.weight", "decoder.embed_positions.weight")
 LOGITS_BIAS = "final_logits_bias"
+CONSTANTS = (*POSITIONS, LOGITS_BIAS)
 TOLERANCE = 1e-3  # of a stored sine; in float32 they differ by 3e-5 at position 1,000
 
 
