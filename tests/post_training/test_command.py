@@ -13,6 +13,7 @@ from bigtrain.checkpoint import newest
 from bigtrain.checkpoint.weights import iterate_weights, read_weights
 from bigtrain.errors import ConfigError
 from bigtrain.export import export
+from bigtrain.models.stored import StoredTensors
 from bigtrain.post_training import command, model_directory, recipe
 from bigtrain.post_training.command import Options
 from bigtrain.post_training.recipe import parse
@@ -96,8 +97,10 @@ def test_training_goes_on_with_zeros_held_and_a_teacher(trained_run: Path, tmp_p
     found = rows(tmp_path / "out")
     assert len(found) == 3
     assert str(tmp_path / "out" / "index.html") in said
-    recovered = read_weights(newest(tmp_path / "out" / "magnitude-0.5+int8-recovered"))  # type: ignore[arg-type]
-    start = read_weights(newest(tmp_path / "out" / "magnitude-0.5+int8"))  # type: ignore[arg-type]
+    recovered = read_weights(newest(tmp_path / "out" / "magnitude-0.5-recovered"))  # type: ignore[arg-type]
+    start = read_weights(newest(tmp_path / "out" / "magnitude-0.5"))  # type: ignore[arg-type]
+    integers = StoredTensors(newest(tmp_path / "out" / "magnitude-0.5-recovered+int8"))  # type: ignore[arg-type]
+    assert integers.quantized == {name for name in start if name.startswith("blocks.") and start[name].dim() == 2}
     changed = 0
     for name, tensor in start.items():
         if name.startswith("blocks.") and tensor.dim() == 2:
