@@ -137,6 +137,9 @@ def write(format: str, plain: Path, out: Path, scheme: Scheme | None, scale_of: 
         assert scheme is not None
         written = _write_compressed if format == "compressed-tensors" else _write_torchao
         settings["quantization_config"] = written(settings, plain, out, scheme, scale_of)
+        if format == "compressed-tensors" and module_paths(plain):
+            # sentence-transformers calls the encoder's forward alone, past the hook that unpacks at the first call.
+            settings["quantization_config"]["dequantize"] = True
     (out / "config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
