@@ -62,7 +62,7 @@ class Timer:
             for model, sizes in zip(models, found, strict=True):
                 run = model()
                 for size, repeats in sizes.items():
-                    self._turn(run, batches[size], device, repeats)
+                    self._turn(run, batches[size], device, repeats, hold)
         return [
             {f"batch_{size}_{key}": value for size, one in sizes.items() for key, value in self._summary(one).items()}
             for sizes in found
@@ -81,8 +81,8 @@ class Timer:
         return [{name: tensor.to(device) for name, tensor in batch.items()} for batch in held_out]
 
     @torch.inference_mode()
-    def _turn(self, run: Any, batches: list[Any], device: torch.device, repeats: _Repeats) -> None:
-        """Batch after batch for a while."""
+    def _turn(self, run: Any, batches: list[Any], device: torch.device, repeats: _Repeats, held: bool) -> None:
+        """Batch after batch for a while. held: whether `run` has had its turn before, if there was one."""
         turn = itertools.cycle(batches)
 
         def once() -> float:
@@ -92,7 +92,7 @@ class Timer:
                 torch.cuda.synchronize(device)
             return time.perf_counter() - began
 
-        for _ in range(len(batches)):  # warm: and each length of them was compiled for
+        for _ in range(1 if held and repeats.seconds else len(batches)):  # warm, and compiled for each of their lengths
             once()
         before, began, first = _rapl(), time.perf_counter(), len(repeats.seconds)
         while len(repeats.seconds) == first or time.perf_counter() - began < ROUND_SECONDS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,12 +20,12 @@ from bigtrain.compress.quantize import PTQ, rounded
 from bigtrain.errors import ConfigError
 from bigtrain.export import export
 from bigtrain.models.stored import StoredTensors
-from bigtrain.post_training import command, model_directory, recipe
+from bigtrain.post_training import command, model_directory, recipe, timer
 from bigtrain.post_training.command import Options
 from bigtrain.post_training.page import SIZE_COLUMNS, TIME_COLUMNS
 from bigtrain.post_training.recipe import parse
 from bigtrain.post_training.structure import Cut
-from bigtrain.post_training.timer import ROUNDS
+from bigtrain.tasks.causal_lm import CausalLM
 from tests.runs import bigtrain
 
 QUICK = Options(calibration_batches=1, watts=20.0)
@@ -32,6 +33,17 @@ QUICK = Options(calibration_batches=1, watts=20.0)
 
 def quiet(_: str) -> None:
     pass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def little() -> Iterator[None]:
+    """Everything is measured on a little of the held-out text."""
+    held_out = CausalLM.held_out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CausalLM, "held_out", lambda self, share, most=None: held_out(self, share, min(most or 3, 3)))
+        patch.setattr(timer, "ROUND_SECONDS", 0.0)
+        patch.setattr(timer, "BATCHES", 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +88,7 @@ def test_the_numbers_are_those_of_the_models(compressed: Path, source: Path) -> 
         assert row["batch_1_watts_source"] == "--watts"
         assert row["batch_32_seconds_q1"] <= row["batch_32_seconds"] <= row["batch_32_seconds_q3"]
         assert row["batch_1_joules_q3"] == pytest.approx(20.0 * row["batch_1_seconds_q3"])
-        assert row["batch_1_repeats"] >= ROUNDS
+        assert row["batch_1_repeats"] >= timer.ROUNDS
     page = (compressed / "index.html").read_text()
     assert all(name in page for name in found)
     assert (compressed / "quality_size.png").stat().st_size > 5000
@@ -113,7 +125,7 @@ def test_what_is_called_int_is_integers_on_the_disk(
         scheme = PTQ[recipe]
         for name in matrices:
             assert torch.equal(read[name], rounded(dense[name], None, scheme)), name
-    metrics, _ = evaluate.run(folder, data=[])
+    metrics, _ = evaluate.run(folder, data=[], columns={})
     assert metrics["eval/loss"] == pytest.approx(row["metrics"]["eval/loss"], rel=1e-5)
     assert metrics["eval/loss"] != first["metrics"]["eval/loss"]
     assert generate.run(folder, ["def"], max_new_tokens=2)[0].startswith("def")
@@ -207,7 +219,7 @@ def test_recipes_as_they_are_typed() -> None:
     ("text", "message"),
     [
         ("hads=1", "'hads=1' is no step; did you mean heads?"),
-        ("smaller", f"'smaller' is no step; steps are {recipe.EXAMPLES}, joined by +"),
+        ("smaller", f"'smaller' is no step; steps are {recipe.EXAMPLES} (a number says how much is removed), joined by +"),
         ("heads=few", "heads=few is no number"),
         ("magnitude=1", "magnitude=1: sparsity must be at least 0 and below 1"),
         ("magnitude=0.5+wanda=0.5", "has prune twice"),
