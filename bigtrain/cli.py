@@ -478,7 +478,7 @@ def export(
     if format == "huggingface":
         if quantize:
             raise ConfigError("--quantize", quantize, "format huggingface holds no integers", "take compressed-tensors")
-        click.echo(exporting.export(run, out, encrypt, EncryptionConfig(key_file, key_env)))
+        click.echo(exporting.export(run, out, encrypt, EncryptionConfig(key_file, key_env), click.echo))
         return
     if encrypt:
         raise ConfigError("--encrypt", True, f"format {format} is read by programs that have no key", "leave it out")
@@ -496,9 +496,15 @@ def export(
 @click.option("--by", default="taylor", show_default=True, type=click.Choice(["magnitude", "taylor", "activation"]),
               help="What tells which heads, neurons, layers and columns matter.")  # fmt: skip
 @click.option("--calibration-batches", default=8, show_default=True, type=click.IntRange(min=1))
-@click.option("--recover-steps", default=0, show_default=True, type=click.IntRange(min=0), help="Train on so long.")
+@click.option(
+    "--recover-steps",
+    default=0,
+    show_default=True,
+    type=click.IntRange(min=0),
+    help="Train what was cut or pruned on so long.",
+)
 @click.option("--lr", type=click.FloatRange(min=0, min_open=True), help="Of that; default: RUN's own.")
-@click.option("--distil", is_flag=True, help="Let it learn from the dense model too.")
+@click.option("--distil", is_flag=True, help="Let that learn from the dense model too.")
 @click.option("--task", help="What a Hugging Face directory is for; default: as its config.json says.")
 @click.option("--data", multiple=True, help="... and its data; may repeat. Default: the standard library's source.")
 @click.option("--held-out", multiple=True, help="... and what to measure on. Default: a part of --data.")
@@ -508,8 +514,12 @@ def export(
 def compress(run: Path, recipes: tuple[str, ...], out: Path, columns: tuple[str, ...], **options: Any) -> None:
     """Make the model of RUN (or of a Hugging Face directory) smaller by each RECIPE, and measure what comes of it.
 
-    A recipe is steps joined by +: heads=0.25, neurons=0.5, layers=2, dim=64 (a fraction or a number), magnitude=0.5,
-    wanda=0.5, nm=2:4, int8, int4, int8_dynamic.
+    A recipe is steps joined by +. A number in it says how much is removed, below 1 a fraction, else that many:
+    heads=0.25 removes a quarter of each layer's heads and keeps three, layers=2 removes two layers; neurons=0.5 (of each
+    layer) and dim=64 (columns of the hidden state) likewise. magnitude=0.5 and wanda=0.5 set half of the weights to zero,
+    nm=2:4 all but 2 of each 4 neighbours. int8, int4 and int8_dynamic write linear layers as integers.
+
+    OUT/RECIPE is a directory that other commands take for a run; the table is of the files in it.
     """
     from bigtrain.post_training import command as compression
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -41,16 +41,20 @@ from bigtrain.errors import ConfigError
 from bigtrain.files import NAME_MAX, hidden_beside
 from bigtrain.model_card import model_card
 from bigtrain.models.huggingface import to_huggingface
+from bigtrain.models.stored import StoredTensors
 
 FORMATS = ("huggingface", "compressed-tensors", "torchao", "onnx")
 CAUSAL = ("causal_lm", "instruction")  # tasks of models that write on
 LABELS = "labels.json"  # of a run that learns labels: their names, in the order of the head's outputs
 
 
-def export(run: Path, out: Path, encrypt: bool = False, key: EncryptionConfig | None = None) -> Path:
+def export(
+    run: Path, out: Path, encrypt: bool = False, key: EncryptionConfig | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Path:  # fmt: skip
     """Write the model of run directory `run` to `out` in the Hugging Face format and return `out`.
 
-    Of a run that trained with quantized weights, those: rounded, in the type that they were trained in.
+    Of a run with quantized weights, those: rounded, in the type that they were trained in, which `say` is told.
     `out` appears when it is whole. Raises ConfigError for what is no run, has no checkpoint or no labels, a model that
     transformers has no class for, or an `out` that is not empty; BigtrainError for a damaged checkpoint, OSError where
     the disk refuses.
@@ -66,7 +70,20 @@ def export(run: Path, out: Path, encrypt: bool = False, key: EncryptionConfig | 
         if encrypt:
             assert key is not None
             encryption.encrypt_directory(staging, key, only="*.safetensors*")
+    if found is not None:
+        say(_not_integers(found, out))
     return out
+
+
+def _not_integers(found: Trained, out: Path) -> str:
+    stored = StoredTensors(out)
+    kind = str(stored.tensor(stored.names[0]).dtype).removeprefix("torch.")
+    size = sum(path.stat().st_size for path in out.glob("model*.safetensors*")) / 1e6
+    return (
+        f"RUN computes with int{found.scheme.bits} weights in {len(found.scales)} layers. Format huggingface holds no"
+        f" integers: they are written as {kind}, rounded to the same values, {size:.2f} MB in all."
+        " --format compressed-tensors keeps them."
+    )
 
 
 def export_quantized(run: Path, out: Path, format: str, quantize: str | None) -> tuple[Path, dict[str, Any]]:
@@ -83,9 +100,6 @@ def export_quantized(run: Path, out: Path, format: str, quantize: str | None) ->
     if config.task.kind == "translation":
         problem = "is of models that read one text, and RUN's reads two: its source and what it has written"
         raise ConfigError("--format", format, problem, "take huggingface")
-    if sentence_encoder.is_one(config):
-        problem = "is of transformers' classes, of which none classifies by the mean (model.pooling) of a text's tokens"
-        raise ConfigError("--format", format, problem, "take huggingface, which sentence-transformers reads then")
     found = quantization.trained(config, checkpoint)
     if found is not None and quantize is not None:
         problem = "RUN has trained with quantized weights, and they are what is written"
@@ -103,11 +117,15 @@ def export_quantized(run: Path, out: Path, format: str, quantize: str | None) ->
         calibrated.check(quantize, config)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=_existing(out.parent)) as folder:
         plain = Path(folder)
-        # A graph holds what is computed; the others are made of the weights as they were trained.
-        rounded = found if format == "onnx" else None
+        # A graph holds what is computed; the others are made of the weights as they were trained, but for a sentence
+        # encoder's last layers, which are no transformers' and lie there as they are computed with.
+        rounded = found if format == "onnx" or found is None else found.only(sentence_encoder.after_mean)
         settings = _write(run, config, checkpoint, plain, _rounded(iterate_weights(checkpoint), rounded), out.name)
         if found is not None and format != "onnx":
-            _, expanded = _mapped(run, config, _expanded(iterate_weights(checkpoint), found))
+            scales: Iterator[tuple[str, Tensor]] = _expanded(iterate_weights(checkpoint), found)
+            if sentence_encoder.is_one(config):
+                scales = sentence_encoder.set_apart(scales, {})
+            _, expanded = _mapped(run, config, scales)
             scale_of = formats.trained_grids(settings, expanded, found.scheme)
         elif quantize is not None and format != "onnx" and not with_data:
             assert scheme is not None

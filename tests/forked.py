@@ -118,7 +118,7 @@ def _become(arguments: list[str], environment: dict[str, str], directory: str | 
     if directory:
         os.chdir(directory)
     tempfile.tempdir = None
-    sys.stdin, sys.stdout, sys.stderr = (open(os.dup(0), closefd=False), _text(1), _text(2))
+    sys.stdin, sys.stdout, sys.stderr = _text(0, "r"), _text(1), _text(2)
     for handler in logging.root.handlers + list(logging.getLogger("DeepSpeed").handlers):
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
             handler.setStream(sys.stdout)
@@ -150,8 +150,8 @@ def _become(arguments: list[str], environment: dict[str, str], directory: str | 
     os._exit(status)
 
 
-def _text(number: int) -> io.TextIOWrapper:
-    return open(number, "w", buffering=1, encoding="utf-8", closefd=False)
+def _text(number: int, mode: str = "w") -> io.TextIOWrapper:
+    return io.TextIOWrapper(open(number, f"{mode}b", closefd=False), encoding="utf-8", line_buffering=True)
 
 
 def _use_threads(environment: dict[str, str]) -> None:

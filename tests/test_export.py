@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from bigtrain import generate, models
 from bigtrain.checkpoint.integrity import seal
 from bigtrain.checkpoint.weights import write_weights
+from bigtrain.compress import exported, formats
 from bigtrain.config import (
     ClassificationConfig,
     Config,
@@ -254,8 +255,6 @@ def test_a_classifier_of_a_texts_mean(pooler: bool, encoder: str, tmp_path: Path
     model = WithHeads("classification", shape).eval()
     run = make_run(tmp_path / "run", config, model)
     (run / "labels.json").write_text('["O", "PER", "LOC"]')
-    with pytest.raises(ConfigError, match=r"--format='onnx': is of transformers' classes, .* take huggingface"):
-        export_quantized(run, tmp_path / "graph", "onnx", None)
     out = export(run, tmp_path / "out")
     theirs = SentenceTransformer(str(out), device="cpu")
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
@@ -273,6 +272,42 @@ def test_a_classifier_of_a_texts_mean(pooler: bool, encoder: str, tmp_path: Path
     card = (out / "README.md").read_text()
     assert "library_name: sentence-transformers" in card
     assert 'SentenceTransformer("out")' in card
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("format", "quantize"),
+    [
+        ("compressed-tensors", "int8_dynamic"),
+        ("compressed-tensors", "int4"),
+        ("torchao", "int8_dynamic"),
+        ("onnx", None),
+    ],
+)
+def test_a_classifier_of_a_texts_mean_in_integers(format: str, quantize: str | None, tmp_path: Path) -> None:
+    from sentence_transformers import SentenceTransformer
+
+    config = Config(model=dataclasses.replace(BERT, pooling="mean"), task=ClassificationConfig())
+    model = WithHeads("classification", config.model).eval()
+    run = make_run(tmp_path / "run", config, model)
+    (run / "labels.json").write_text('["O", "PER", "LOC"]')
+    for module in ("torchao", "compressed_tensors", "onnxruntime", "onnxscript"):
+        pytest.importorskip(module)
+    out, measured = export_quantized(run, tmp_path / "out", format, quantize)
+    assert measured["logits_difference"] < 0.03 * measured["logits_largest"]
+    texts = ["def main return", "d"]
+    batch = dict(transformers.AutoTokenizer.from_pretrained(out)(texts, padding=True, return_tensors="pt"))
+    hidden = model.backbone(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"])
+    wanted = model.head(model.backbone.pool(hidden, batch["attention_mask"]))
+    if format == "onnx":
+        same(exported.Onnx(out)(**batch).logits, wanted)
+        assert not (out / "modules.json").exists()
+        return
+    assert measured["bytes"] < 0.65 * measured["bytes_plain"]
+    with formats.quietly():
+        found = SentenceTransformer(str(out), device="cpu").encode(texts, convert_to_tensor=True)
+    assert (found - wanted).abs().max() < (0.5 if quantize == "int4" else 0.1) * wanted.abs().max()
+    assert not torch.equal(found, wanted)
 
 
 def test_the_model_card(tmp_path: Path) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import psutil
 import torch
 from torch import nn
 
-from bigtrain.checkpoint.weights import check_names, load_into
+from bigtrain.checkpoint.weights import check_names, iterate_weights, load_into, write_weights
 from bigtrain.errors import ConfigError
+from bigtrain.models.stored import StoredTensors
 
 HEADROOM = 1.2  # what a device must have free, in sizes of the model: activations and caches come on top
 BLOCKS = ["Block", "DecoderBlock"]  # of our models: kept in one piece, for their residual sums stay on one device
@@ -60,8 +62,12 @@ def parse_memory(pairs: tuple[str, ...]) -> dict[str, str] | None:
 
 def _fits(model: nn.Module, where: torch.device) -> bool:
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    free = torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else psutil.virtual_memory().available
-    return size * HEADROOM < free
+    return size * HEADROOM < free_memory(where)
+
+
+def free_memory(where: torch.device) -> int:
+    """Bytes."""
+    return int(torch.cuda.mem_get_info(where)[0] if where.type == "cuda" else psutil.virtual_memory().available)
 
 
 def _alias_tied(tied: list[list[str]], folder: Path) -> None:
@@ -85,6 +91,17 @@ def find_tied(model: nn.Module) -> list[list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return [same for same in names.values() if len(same) > 1]
+
+
+@contextlib.contextmanager
+def _plain(checkpoint: Path) -> Iterator[Path]:
+    """Where accelerate can read its weights: integers are no weights to it."""
+    if not StoredTensors(checkpoint).quantized:
+        yield checkpoint
+        return
+    with tempfile.TemporaryDirectory(prefix="bigtrain-") as folder:
+        write_weights(Path(folder), iterate_weights(checkpoint))
+        yield Path(folder)
 
 
 def _dispatch(model: Any, checkpoint: Path, where: torch.device, max_memory: dict[str, str] | None) -> None:
@@ -112,7 +129,8 @@ def _dispatch(model: Any, checkpoint: Path, where: torch.device, max_memory: dic
     folder = tempfile.TemporaryDirectory(prefix="bigtrain-")
     # The entry for no module: were the disk alone in it, accelerate would ask safetensors to read to a device "disk".
     places = device_map | {"-": "cpu"}
-    load_checkpoint_in_model(model, checkpoint, places, offload_folder=folder.name, dtype=dtype)
+    with _plain(checkpoint) as readable:
+        load_checkpoint_in_model(model, readable, places, offload_folder=folder.name, dtype=dtype)
     _alias_tied(tied, Path(folder.name))
     main = "cpu" if where.type == "cpu" else where  # the word: with the device accelerate would offload to it
     dispatch_model(model, device_map, main_device=main, offload_dir=folder.name, force_hooks=True)

@@ -17,6 +17,7 @@ from bigtrain.compress.quantize import QuantizedLinear, Scheme
 from bigtrain.config import Config, HuggingFaceConfig, MaskedLMConfig
 from bigtrain.data.example_loader import Share
 from bigtrain.errors import BigtrainError
+from bigtrain.sentence_encoder import SentenceClassifier
 
 BATCHES, BATCH = 8, 8  # of held-out data: enough to see a loss change, soon done
 
@@ -64,8 +65,9 @@ def measure(
     found: dict[str, Any] = {"bytes": _bytes(written), "bytes_plain": _bytes(plain)}
     if loss.batches:
         found |= {"loss_plain": loss.of(original), "loss": loss.of(exported)}
+    encoder = original.encoder if isinstance(original, SentenceClassifier) else original
     for name, scale in scale_of.items():
-        layer: Any = original.get_submodule(name.removesuffix(".weight"))
+        layer: Any = encoder.get_submodule(name.removesuffix(".weight"))
         layer.__class__ = QuantizedLinear
         layer.scheme, layer.scale, layer.enabled = scheme, scale, True
     expected, seen = (_logits(model, original.config.vocab_size) for model in (original, exported))
@@ -113,7 +115,9 @@ class _Loss:
 
 def _bytes(directory: Path) -> int:
     """Of the weights."""
-    return sum(path.stat().st_size for path in directory.iterdir() if path.suffix in (".safetensors", ".onnx", ".data"))
+    return sum(
+        path.stat().st_size for path in directory.rglob("*") if path.suffix in (".safetensors", ".onnx", ".data")
+    )
 
 
 def table(found: dict[str, Any], format: str) -> list[str]:

@@ -25,6 +25,7 @@ from bigtrain.checkpoint.weights import iterate_weights, write_weights
 from bigtrain.compress.layers import choose
 from bigtrain.compress.quantize import Scheme, check_groups, int8_tensor, integers, scales
 from bigtrain.errors import NO_VALUE, ConfigError
+from bigtrain.sentence_encoder import SentenceClassifier, module_paths
 
 # What a format takes: names of PTQ, and the widths of a run's own quantization.
 NEEDS = {
@@ -106,12 +107,13 @@ def empty(settings: dict[str, Any]) -> Any:
 
 
 def load(directory: Path) -> Any:
-    """The model in a Hugging Face directory, of the class that its config.json names."""
+    """The model in a Hugging Face directory, of the class that its config.json names, or a sentence encoder's."""
     import transformers
 
     settings = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     kind = getattr(transformers, settings["architectures"][0])
-    return kind.from_pretrained(directory, local_files_only=True).eval()
+    model = kind.from_pretrained(directory, local_files_only=True)
+    return (SentenceClassifier(model, directory) if module_paths(directory) else model).eval()
 
 
 # --------------------------------------------------------------------------------------------------- writing
@@ -121,14 +123,23 @@ def write(format: str, plain: Path, out: Path, scheme: Scheme | None, scale_of: 
     """What is in `plain`, a Hugging Face directory, into `out`, which exists, in another format."""
     settings = json.loads((plain / "config.json").read_text(encoding="utf-8"))
     for path in plain.iterdir():
-        if not path.name.startswith("model") and path.name != "config.json":
+        if path.is_file() and not path.name.startswith("model") and path.name != "config.json":
             shutil.copy(path, out / path.name)
+    if format == "onnx":
+        (out / "modules.json").unlink(missing_ok=True)  # of a sentence encoder they are all in the graph
+        (out / "sentence_bert_config.json").unlink(missing_ok=True)
+    else:
+        for folder in module_paths(plain):
+            shutil.copytree(folder, out / folder.name)
     if format == "onnx":
         _write_onnx(plain, out, scheme)
     else:
         assert scheme is not None
         written = _write_compressed if format == "compressed-tensors" else _write_torchao
         settings["quantization_config"] = written(settings, plain, out, scheme, scale_of)
+        if format == "compressed-tensors" and module_paths(plain):
+            # sentence-transformers calls the encoder's forward alone, past the hook that unpacks at the first call.
+            settings["quantization_config"]["dequantize"] = True
     (out / "config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

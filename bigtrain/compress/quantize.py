@@ -12,7 +12,7 @@ is the layer's own weight, which ZeRO-3 may take away meanwhile, and not a round
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,6 +30,7 @@ from bigtrain.config import Config
 from bigtrain.engine.base import Engine
 from bigtrain.engine.host import HostGroup
 from bigtrain.errors import NO_VALUE, BigtrainError, ConfigError
+from bigtrain.models.stored import Quantized, StoredTensors
 from bigtrain.transform import Transform, path_in
 
 FIELD = "compress.quantize"
@@ -261,6 +262,27 @@ def quantize(model: nn.Module, scheme: Scheme, include: list[str], exclude: list
     return convert(model)
 
 
+def quantized_weights(
+    model: nn.Module, named: Iterable[tuple[str, Tensor]], config: QuantizeConfig, field: str
+) -> Iterator[tuple[str, Tensor | Quantized]]:
+    """The weights of `model`, `named`, for a file: those that `config` takes as integers, with the scales they have now.
+
+    model: as before `prepare`, which this does. Raises ConfigError as that does, before the first is given.
+    """
+    scheme = scheme_of(config)
+    chosen = set(prepare(model, scheme, config.include, config.exclude, field))
+
+    def found() -> Iterator[tuple[str, Tensor | Quantized]]:
+        for name, weight in named:
+            if name not in chosen:
+                yield name, weight
+                continue
+            scale = scales(weight, scheme).to(weight.dtype)
+            yield name, Quantized(integers(weight, scale.float(), scheme), scale, scheme.bits)
+
+    return found()
+
+
 # ----------------------------------------------------------------------------------------------- transform
 
 
@@ -350,12 +372,22 @@ class Trained(NamedTuple):
         held = self.scales[name]
         return scales(weight, self.scheme) if held is None else held
 
+    def only(self, names: Callable[[str], bool]) -> Trained:
+        """The same of those weights alone."""
+        return Trained(self.scheme, {name: scale for name, scale in self.scales.items() if names(name)})
+
 
 def trained(config: Config, checkpoint: Path) -> Trained | None:
     """How the model in a run's checkpoint is quantized; None if it is not, or not yet. Raises BigtrainError."""
     settings = config.compress.quantize
-    if settings is None or read_manifest(checkpoint)["step"] < settings.start:
+    if settings is None:
         return None
+    manifest = read_manifest(checkpoint)
+    if manifest["step"] < settings.start:
+        return None
+    if manifest.get("weights_only"):  # not a run's, but integers: what `bigtrain compress` leaves
+        weights = StoredTensors(checkpoint)
+        return Trained(scheme_of(settings), {name: weights.scale(name).float() for name in weights.quantized})
     with encryption.readable(checkpoint) as files:
         path = path_in(files, Quantize(settings))
         if not path.is_file():

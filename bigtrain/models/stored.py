@@ -1,12 +1,18 @@
-"""Tensors in safetensors files, one file or several with an index, found by name and read one at a time."""
+"""Tensors in safetensors files, one file or several with an index, found by name and read one at a time.
+
+A quantized weight NAME lies there as integers, beside NAME.scale (rows, groups), and is read as what it stands for. int8
+lies as it is, (rows, columns); of int4 two are in a uint8, (rows, columns / 2), the first in its lower half.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
 import weakref
+from functools import cached_property
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +23,36 @@ from bigtrain.errors import BigtrainError
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names of what weights are trained in
+SCALE = ".scale"
+
+
+class Quantized(NamedTuple):
+    """A weight that is to be stored as integers."""
+
+    integers: Tensor  # (rows, columns) int8
+    scale: Tensor  # (rows, groups), of the type that the weight is read in again
+    bits: int  # 8 or 4, which the integers fit into
+
+
+def stored(named: Iterable[tuple[str, Tensor | Quantized]]) -> Iterator[tuple[str, Tensor]]:
+    """What is written of them. Rows of int4 have an even length."""
+    for name, tensor in named:
+        if not isinstance(tensor, Quantized):
+            yield name, tensor
+            continue
+        yield name, tensor.integers if tensor.bits == 8 else _packed(tensor.integers)
+        yield name + SCALE, tensor.scale
+
+
+def _packed(integers: Tensor) -> Tensor:
+    halves = integers.view(torch.uint8) & 15
+    return halves[:, ::2] | halves[:, 1::2] << 4
+
+
+def _unpacked(packed: Tensor) -> Tensor:
+    """As int8: a number of four bits is negative from 8 on."""
+    halves = torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2).to(torch.int8)
+    return torch.where(halves > 7, halves - 16, halves)
 
 
 class StoredTensors:
@@ -51,11 +87,21 @@ class StoredTensors:
     @property
     def names(self) -> list[str]:
         """In the order of the files."""
-        return list(self._files)
+        scales = {name + SCALE for name in self.quantized}
+        return [name for name in self._files if name not in scales]
+
+    @cached_property
+    def quantized(self) -> set[str]:
+        """The names of those that lie there as integers."""
+        return {name for name in self._files if name + SCALE in self._files}
+
+    def scale(self, name: str) -> Tensor:
+        """(rows, groups) of a quantized weight."""
+        return self._tensor(name + SCALE, read=True)
 
     def weight(self, name: str, read: bool = True) -> Tensor:
-        """As `tensor`. Raises BigtrainError for one in integers or 8-bit floats: numbers without their scales."""
-        if (dtype := self.dtype(name)) not in FLOATS:
+        """As `tensor`. Raises BigtrainError for integers or 8-bit floats whose scales are not ours: mere numbers."""
+        if name not in self.quantized and (dtype := self.dtype(name)) not in FLOATS:
             problem = f"{name} is in {dtype}: quantized weights cannot be trained"
             raise BigtrainError(f"{self._files[name]}: {problem}; take the original ones ({', '.join(FLOATS)})")
         return self.tensor(name, read)
@@ -71,6 +117,17 @@ class StoredTensors:
 
     def tensor(self, name: str, read: bool = True) -> Tensor:
         """The tensor on the CPU; without `read` one of its shape on the meta device, for which no bytes are read."""
+        tensor = self._tensor(name, read)
+        if name not in self.quantized:
+            return tensor
+        packed = self.dtype(name) == "U8"
+        if not read:
+            return torch.empty(tensor.shape[0], tensor.shape[1] * (2 if packed else 1), device="meta")
+        scale, integers = self.scale(name), _unpacked(tensor) if packed else tensor
+        groups = integers.unflatten(1, (scale.shape[1], -1)) * scale.float().unsqueeze(-1)
+        return groups.flatten(1).to(scale.dtype)
+
+    def _tensor(self, name: str, read: bool) -> Tensor:
         from safetensors import SafetensorError
 
         if not read:

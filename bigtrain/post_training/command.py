@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,18 +16,19 @@ from torch import Tensor, nn
 from bigtrain import config as schema
 from bigtrain import evaluate, tasks
 from bigtrain.checkpoint import inference, newest
+from bigtrain.checkpoint.weights import iterate_weights
 from bigtrain.compress import quantize
-from bigtrain.compress_config import CompressConfig, DistilConfig, PruneConfig, QuantizeConfig
-from bigtrain.config import Config
+from bigtrain.compress.layers import choose
+from bigtrain.compress_config import CompressConfig, DistilConfig, PruneConfig, QuantizeConfig, n_of_m
+from bigtrain.config import Config, ModelConfig
 from bigtrain.data.example_loader import Share
 from bigtrain.errors import BigtrainError, ConfigError
-from bigtrain.export import export_quantized
 from bigtrain.files import write_atomic
 from bigtrain.launch import Stopped
 from bigtrain.launch import train as launch
-from bigtrain.models.stored import StoredTensors
+from bigtrain.models.stored import INDEX, Quantized, StoredTensors
 from bigtrain.post_training import model_directory, oneshot, recipe, structure
-from bigtrain.post_training.page import cells, write_page
+from bigtrain.post_training.page import QUALITY, REMOVED, SIZE_COLUMNS, TIME_COLUMNS, quality_of, write_page
 from bigtrain.post_training.recipe import Recipe
 from bigtrain.post_training.timer import Timer
 from bigtrain.worker import LABELS
@@ -33,7 +36,6 @@ from bigtrain.worker import LABELS
 DENSE = "dense"
 # The first of these that a task has is its quality; larger is better of all but the last.
 QUALITIES = ("eval/accuracy", "eval/f1", "eval/spearman", "eval/bleu", "eval/masked_accuracy", "eval/perplexity")
-FORMAT_OF = {"int8": "compressed-tensors", "int4": "compressed-tensors", "int8_dynamic": "torchao"}
 CALIBRATION = 32  # examples or sequences of a calibration batch
 
 
@@ -58,8 +60,9 @@ class Options:
 def run(path: Path, recipes: Sequence[str], out: Path, options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """Apply each recipe to the model of `path`, a run or a Hugging Face directory, and measure what comes of it.
 
-    Writes out/<recipe>/, each a directory that other commands take for a run, compress.json, a picture and index.html.
-    Returns what is in compress.json. Raises ConfigError for a recipe or data that cannot be used, before anything is
+    Writes out/<recipe>/, each a directory that other commands take for a run, compress.json, pictures and index.html.
+    What is said of a model's size and quality is of what lies in its directory, read again. Returns what is in
+    compress.json. Raises ConfigError for a recipe or data that cannot be used, before anything is
     written.
     """
     wanted = [recipe.parse(text) for text in recipes]
@@ -72,15 +75,17 @@ def run(path: Path, recipes: Sequence[str], out: Path, options: Options, say: Ca
         path, out / DENSE, options.task, list(options.data), list(options.held_out), dict(options.columns)
     )
     config = launch.prepare_data(schema.load(source / "config.yaml"))
-    bench = Bench(source, config, out, options, say)
+    bench = Bench(source, config, out, {one.folder for one in wanted}, options, say)
     for one in wanted:
         bench.check(one)
     out.mkdir(parents=True, exist_ok=True)
-    rows = [bench.dense()]
-    say(table(rows, head=True))
+    rows = [bench.row(DENSE, "nothing", source)]
+    say(table(SIZE_COLUMNS, rows))
     for one in wanted:
         rows.append(bench.apply(one))
-        say(table(rows[-1:], head=False))
+        say(table(SIZE_COLUMNS, rows[-1:], head=False))
+    bench.time(rows)
+    say("\n" + table(TIME_COLUMNS, rows))
     found = {
         "source": str(path),
         "task": config.task.kind,
@@ -98,8 +103,11 @@ def run(path: Path, recipes: Sequence[str], out: Path, options: Options, say: Ca
 class Bench:
     """A model and its data, on which recipes are tried one by one."""
 
-    def __init__(self, source: Path, config: Config, out: Path, options: Options, say: Callable[[str], None]) -> None:
-        self.source, self.config, self.out, self.options, self.say = source, config, out, options, say
+    def __init__(
+        self, source: Path, config: Config, out: Path, kept: set[str], options: Options, say: Callable[[str], None]
+    ) -> None:
+        """kept: the folders in `out` that recipes are for."""
+        self.source, self.config, self.out, self.kept, self.options, self.say = source, config, out, kept, options, say
         self.task: Any = tasks.build(config)
         self.timer = Timer(self.task, options.watts, options.compile)
         checkpoint = newest(source)
@@ -110,62 +118,100 @@ class Bench:
         self.dtype = stored.tensor(stored.names[0]).dtype
 
     def check(self, wanted: Recipe) -> None:
-        """Raises ConfigError for what this model does not have, as far as it shows without its weights."""
+        """Raises ConfigError for what this model does not have, or its layers' shapes do not allow."""
+        config = self.config.model
         if wanted.cut != structure.Cut():
-            model = structure.supported(self.config.model)
-            for part, there in (
-                ("heads", structure.units(model)), ("neurons", structure.ffn_dim(model)),
-                ("layers", model.n_layers), ("dim", model.dim),
-            ):  # fmt: skip
-                structure.amount(part, getattr(wanted.cut, part), there)
+            config = structure.smaller(config, wanted.cut)
+        with torch.device("meta"):
+            model = self.task.build_model(config)
+        if wanted.prune is not None:
+            oneshot.check(model, wanted.prune)
+        if wanted.quantize is not None:
+            scheme, settings = quantize.PTQ[wanted.quantize], quantized_as(wanted.quantize)
+            for layer in choose(model, settings.include, settings.exclude, "RECIPE"):
+                if scheme.group_size and layer.shape[1] % scheme.group_size:
+                    problem = (
+                        f"{layer.module} has {layer.shape[1]} inputs, and {scheme.group_size} of them share a scale"
+                    )
+                    raise ConfigError("RECIPE", wanted.name, problem, "take int8, or cut to a multiple of that")
+            quantize.prepare(model, scheme, settings.include, settings.exclude, "RECIPE")
 
-    def dense(self) -> dict[str, Any]:
-        model = self.load(self.source, self.config)
-        return self.row(DENSE, model, self.source, None)
+    def removed(self, wanted: Recipe) -> str:
+        """What a recipe takes away, in words."""
+        said = []
+        if wanted.cut != structure.Cut():
+            for part, there in structure.parts(self.config.model).items():
+                if asked := getattr(wanted.cut, part):
+                    said.append(f"{structure.amount(part, asked, there)} of {there} {part}")
+        if wanted.prune is not None:
+            pattern = n_of_m(wanted.prune.pattern)
+            share = 1 - pattern[0] / pattern[1] if pattern else wanted.prune.sparsity
+            said.append(f"{share:.0%} of weights (to 0)")
+        return ", ".join(said) or "nothing"
 
     def apply(self, wanted: Recipe) -> dict[str, Any]:
         """One recipe from beginning to end; its row of the table."""
-        model = self.load(self.source, self.config)
-        config = self.config
-        directory = self.out / wanted.folder
-        if wanted.cut != structure.Cut():
-            config = self._cut(model, wanted, directory)
-            model = self.load(directory, config)
-        if wanted.prune is not None:
-            oneshot.prune(model, wanted.prune, self.batches(), self.task.loss)
-            self._write(directory, config, model)
-        if self.options.recover_steps and (wanted.cut != structure.Cut() or wanted.prune is not None):
-            directory, config = self._recovered(wanted, directory, config)
-            model = self.load(directory, config)
+        directory = self._dense(wanted)
         if wanted.quantize is not None:
-            scheme = quantize.PTQ[wanted.quantize]
-            defaults = QuantizeConfig()
-            if not directory.is_dir():
-                self._write(directory, config, model)
-            model = quantize.quantize(model, scheme, defaults.include, defaults.exclude, "RECIPE")
-        return self.row(wanted.name, model, directory, wanted.quantize)
+            dense, directory = directory, self._quantized(directory, wanted.quantize)
+            if dense.name == wanted.dense not in self.kept:  # a step on the way that nobody asked for
+                shutil.rmtree(dense)
+        return self.row(wanted.name, self.removed(wanted), directory)
 
     # ------------------------------------------------------------------------------------------------- steps
 
-    def _cut(self, model: nn.Module, wanted: Recipe, directory: Path) -> Config:
+    def _dense(self, wanted: Recipe) -> Path:
+        """The directory of what is there before quantization: made once, for all recipes that begin so."""
+        if not wanted.dense:
+            return self.source
+        directory = self.out / wanted.dense
+        recovered = directory.with_name(f"{directory.name}-recovered")
+        if not directory.is_dir():
+            if wanted.cut != structure.Cut():
+                self._cut(wanted.cut, directory)
+            if wanted.prune is not None:
+                self._prune(wanted.prune, directory if directory.is_dir() else self.source, directory)
+        if not self.options.recover_steps:
+            return directory
+        return recovered if recovered.is_dir() else self._recovered(wanted, directory, recovered)
+
+    def _cut(self, cut: structure.Cut, out: Path) -> None:
+        model = self.load(self.source)
         batches = self.batches() if self.options.by != "magnitude" else []
         found = structure.importances(model, self.options.by, batches, self.task.loss)
-        kept = structure.choose(self.config.model, wanted.cut, found)
+        kept = structure.choose(self.config.model, cut, found)
         smaller, tensors = structure.shrink(self.config.model, kept, self._named(model))
-        config = replace(self.config, model=smaller)
-        model_directory.write(directory, config, smaller, tensors, self.source / "tokenizer", self.labels())
-        return config
+        self._write(out, smaller, tensors)
 
-    def _write(self, directory: Path, config: Config, model: nn.Module) -> None:
-        named = self._named(model)
-        model_directory.write(directory, config, config.model, named, self.source / "tokenizer", self.labels())
+    def _prune(self, settings: PruneConfig, directory: Path, out: Path) -> None:
+        model = self.load(directory)
+        oneshot.prune(model, settings, self.batches() if settings.method == "wanda" else (), self.task.loss)
+        self._write(out, schema.load(directory / "config.yaml").model, self._named(model))
+
+    def _quantized(self, directory: Path, name: str) -> Path:
+        """Its linear layers as integers, beside it; what quantization is to leave out it leaves out."""
+        config, checkpoint, settings = schema.load(directory / "config.yaml"), newest(directory), quantized_as(name)
+        assert checkpoint is not None
+        with torch.device("meta"):
+            model = self.task.build_model(config.model)
+        tensors = quantize.quantized_weights(model, iterate_weights(checkpoint), settings, "RECIPE")
+        out = self.out / (name if directory == self.source else f"{directory.name}+{name}")
+        self._write(out, config.model, tensors, settings)
+        return out
+
+    def _write(
+        self, out: Path, model: ModelConfig, tensors: Iterable[tuple[str, Tensor | Quantized]],
+        quantized: QuantizeConfig | None = None,
+    ) -> None:  # fmt: skip
+        tokenizer = self.source / "tokenizer"
+        model_directory.write(out, self.config, model, tensors, tokenizer, self.labels(), quantized)
 
     def _named(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         return ((name, parameter.detach().to(self.dtype)) for name, parameter in model.named_parameters())
 
-    def _recovered(self, wanted: Recipe, directory: Path, config: Config) -> tuple[Path, Config]:
+    def _recovered(self, wanted: Recipe, directory: Path, run_dir: Path) -> Path:
         """Train on, as the run was, from what the recipe has left, and with its zeros held."""
-        steps, run_dir = self.options.recover_steps, directory.with_name(f"{directory.name}-recovered")
+        steps, config = self.options.recover_steps, schema.load(directory / "config.yaml")
         teacher = DistilConfig(teacher=str(self.source)) if self.options.distil else None
         training = replace(
             config,
@@ -184,15 +230,18 @@ class Bench:
             )
         except Stopped:
             raise BigtrainError(f"stopped while {run_dir} was training; nothing was compared") from None
-        return run_dir, schema.load(run_dir / "config.yaml")
+        return run_dir
 
     # ----------------------------------------------------------------------------------------------- measuring
 
-    def load(self, directory: Path, config: Config) -> nn.Module:
-        checkpoint = newest(directory)
+    def load(self, directory: Path) -> nn.Module:
+        """The model that lies there, ready to be asked; of integers as `quantize.convert` leaves it."""
+        config, checkpoint = schema.load(directory / "config.yaml"), newest(directory)
         assert checkpoint is not None
-        model, self.device = inference.load(lambda: self.task.build_model(config.model), checkpoint, "auto")
-        return model
+        model, self.device = inference.load(
+            lambda: quantize.as_trained(self.task.build_model(config.model), config, checkpoint), checkpoint, "auto"
+        )
+        return quantize.convert(model)
 
     def batches(self) -> list[Any]:
         """Calibration batches, of the training data."""
@@ -205,23 +254,36 @@ class Bench:
         path = self.source / LABELS
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
-    def row(self, name: str, model: nn.Module, directory: Path, quantized: str | None) -> dict[str, Any]:
+    def row(self, name: str, removed: str, directory: Path) -> dict[str, Any]:
         batch, seed = self.options.batch, self.config.train.seed
-        totals = evaluate.measure(self.task, model, Share(0, 1, batch, batch, seed), self.device)
+        totals = evaluate.measure(self.task, self.load(directory), Share(0, 1, batch, batch, seed), self.device)
         metrics = self.task.metrics(totals)
         quality = next((key for key in QUALITIES if key in metrics), "eval/loss")
-        parameters, nonzeros = count(model)
-        times = {f"batch_{size}": self.timer.measure(model, size, self.device) for size in (1, 32)}
+        checkpoint = newest(directory)
+        assert checkpoint is not None
         return {
             "recipe": name,
+            "removed": removed,
             "directory": str(directory),
-            "parameters": parameters,
-            "nonzeros": nonzeros,
-            "disk_bytes": stored_bytes(directory, quantized),
+            **on_disk(checkpoint),
             "quality_name": quality,
             "quality": metrics[quality],
             "metrics": metrics,
-        } | {f"{size}_{key}": value for size, found in times.items() for key, value in found.items()}
+        }
+
+    def time(self, rows: list[dict[str, Any]]) -> None:
+        """Add to each row how long its model takes and what energy. All are held in memory for that if they fit."""
+        bytes_of_all = 4 * sum(row["parameters"] for row in rows)
+        hold = bytes_of_all < inference.free_memory(self.device) / 2
+        loads = [partial(self.load, Path(row["directory"])) for row in rows]
+        for row, times in zip(rows, self.timer.compare(loads, self.device, hold), strict=True):
+            row.update(times)
+
+
+def quantized_as(name: str) -> QuantizeConfig:
+    """A name of quantize.PTQ as a section of the config: from the first step on, with the scales that it has."""
+    scheme = quantize.PTQ[name]
+    return QuantizeConfig(scheme.bits, scheme.group_size, scheme.activations, start=0, freeze=0)
 
 
 def _held(prune: PruneConfig) -> PruneConfig:
@@ -229,49 +291,32 @@ def _held(prune: PruneConfig) -> PruneConfig:
     return replace(prune, method="magnitude", scope="layer" if prune.method == "wanda" else prune.scope)
 
 
-def count(model: nn.Module) -> tuple[int, int]:
-    """Parameters, and those that are not zero; of quantized weights by what they stand for."""
+def on_disk(checkpoint: Path) -> dict[str, Any]:
+    """Of the weights as they lie there: parameters, those that are not zero, bytes, and bits for each parameter."""
     parameters = nonzeros = 0
-    for parameter in model.parameters():
-        whole: Any = parameter.detach()
-        if type(whole) is not torch.Tensor and hasattr(whole, "dequantize"):
-            whole = whole.dequantize()
-        parameters += whole.numel()
-        nonzeros += int(whole.count_nonzero())
-    return parameters, nonzeros
-
-
-def stored_bytes(directory: Path, quantized: str | None) -> int | None:
-    """Of the weights' files: of a quantized model, those of its export beside `directory`, which this writes; None
-    where no format takes it."""
-    if quantized is not None:
-        out = directory.with_name(f"{directory.name}-exported")
-        try:
-            export_quantized(directory, out, FORMAT_OF[quantized], quantized)
-        except ConfigError:
-            return None
-        return sum(file.stat().st_size for file in out.rglob("*") if file.suffix in (".safetensors", ".bin"))
-    checkpoint = newest(directory)
-    assert checkpoint is not None
-    return sum(file.stat().st_size for file in checkpoint.glob("model*.safetensors"))
+    for _, tensor in iterate_weights(checkpoint):
+        parameters += tensor.numel()
+        nonzeros += int(tensor.count_nonzero())
+    size = sum(file.stat().st_size for file in checkpoint.glob("model*.safetensors*") if file.name != INDEX)
+    return {"parameters": parameters, "nonzeros": nonzeros, "disk_bytes": size, "bits": 8 * size / parameters}
 
 
 # ----------------------------------------------------------------------------------------------------- output
 
-COLUMNS = ("parameters", "non-zero", "MB", "loss", "quality", "ms, batch 1", "batch 32", "mJ, batch 1", "batch 32")
-WIDTH = 34
+WIDTH = 34  # of a recipe
 
 
-def table(rows: list[dict[str, Any]], head: bool) -> str:
+def table(columns: dict[str, Callable[[dict[str, Any]], str]], rows: list[dict[str, Any]], head: bool = True) -> str:
     """A line for each row; `head` names the columns first."""
-    lines = []
-    if head:
-        names = [rows[0]["quality_name"].removeprefix("eval/") if name == "quality" else name for name in COLUMNS]
-        lines.append(f"{'recipe':{WIDTH}s}" + "".join(f"{name:>{max(12, len(name) + 2)}s}" for name in names))
-    for row in rows:
-        names = [row["quality_name"].removeprefix("eval/") if name == "quality" else name for name in COLUMNS]
-        widths = [max(12, len(name) + 2) for name in names]
-        lines.append(
-            f"{row['recipe']:{WIDTH}s}" + "".join(f"{c:>{w}s}" for c, w in zip(cells(row), widths, strict=True))
-        )
-    return "\n".join(lines)
+    names = [quality_of(rows[0]) if name == QUALITY else name for name in columns]
+    lines = [names] if head else []
+    lines += [[write(row) for write in columns.values()] for row in rows]
+    widths = [max(12, *(len(line[index]) + 2 for line in [names, *lines])) for index in range(len(names))]
+    if REMOVED in columns:
+        widths[-1] = 0  # it ends the line
+    recipes = ["recipe"] * head + [row["recipe"] for row in rows]
+    return "\n".join(
+        f"{recipe:{WIDTH}s}"
+        + "".join(f"{cell:>{width}s}" if width else f"  {cell}" for cell, width in zip(line, widths, strict=True))
+        for recipe, line in zip(recipes, lines, strict=True)
+    )

@@ -19,12 +19,13 @@ from bigtrain.checkpoint.find import FOLDER
 from bigtrain.checkpoint.integrity import seal
 from bigtrain.checkpoint.weights import write_weights
 from bigtrain.compress import teacher
-from bigtrain.compress_config import CompressConfig
+from bigtrain.compress_config import CompressConfig, QuantizeConfig
 from bigtrain.config import LABELLED_TASKS, Config, HuggingFaceConfig, ModelConfig
 from bigtrain.data.tokenizer import find_tokenizer
 from bigtrain.errors import ConfigError
 from bigtrain.files import hidden_beside, write_atomic
 from bigtrain.launch import train as launch
+from bigtrain.models.stored import Quantized, stored
 from bigtrain.worker import LABELS
 
 TASKS = {
@@ -37,19 +38,21 @@ TASKS = {
 
 
 def write(
-    out: Path, config: Config, model: ModelConfig, tensors: Iterable[tuple[str, Tensor]], tokenizer: Path, labels: Any
-) -> Path:
-    """`tokenizer`: a directory with tokenizer.json; `labels`: names of a classifier's outputs, or nothing."""
+    out: Path, config: Config, model: ModelConfig, tensors: Iterable[tuple[str, Tensor | Quantized]], tokenizer: Path,
+    labels: Any, quantized: QuantizeConfig | None = None,
+) -> Path:  # fmt: skip
+    """`tokenizer`: a directory with tokenizer.json; `labels`: names of a classifier's outputs, or nothing;
+    `quantized`: how those of `tensors` are that are integers."""
     staging = hidden_beside(out)
     shutil.rmtree(staging, ignore_errors=True)
     checkpoint = staging / FOLDER / "step-00000000"
     checkpoint.mkdir(parents=True)
     try:
-        write_weights(checkpoint, tensors)
+        write_weights(checkpoint, stored(tensors))
         seal(checkpoint, {"step": 0, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "weights_only": True})
         written = replace(
-            config, run_dir=str(out), resume="auto", init_from=None, model=model, compress=CompressConfig(),
-            train=replace(config.train, lora=schema.LoRAConfig()),
+            config, run_dir=str(out), resume="auto", init_from=None, model=model,
+            compress=CompressConfig(quantize=quantized), train=replace(config.train, lora=schema.LoRAConfig()),
         )  # fmt: skip
         write_atomic(staging / "config.yaml", schema.dump(written))
         (staging / "tokenizer").mkdir()
@@ -79,7 +82,7 @@ def open_source(
         if data or held_out or task:
             raise ConfigError("--data", " ".join(data), f"{path} is a run, which has data of its own", "leave it out")
         if schema.load(path / "config.yaml").compress.quantize is not None:
-            problem = "has trained with quantized weights, which are what is to be kept"
+            problem = "has quantized weights already, which are what is to be kept"
             raise ConfigError("RUN", str(path), problem, "bigtrain export writes them")
         return path
     if not transfer.is_huggingface(path):

@@ -16,6 +16,17 @@ from bigtrain.compress_config import PruneConfig, n_of_m
 from bigtrain.errors import ConfigError
 
 
+def check(model: nn.Module, config: PruneConfig) -> list[Layer]:
+    """The layers to prune, of a model that may be on the meta device. Raises ConfigError where a pattern does not fit."""
+    layers, pattern = choose(model, config.include, config.exclude, "RECIPE"), n_of_m(config.pattern)
+    for layer in layers:
+        inputs = layer.shape[0] if layer.transposed else layer.shape[1]
+        if pattern is not None and inputs % pattern[1]:
+            problem = f"{layer.module} has {inputs} inputs, not divisible by {pattern[1]}"
+            raise ConfigError("RECIPE", f"nm={config.pattern}", problem)
+    return layers
+
+
 @torch.no_grad()
 def prune(
     model: nn.Module,
@@ -25,10 +36,9 @@ def prune(
 ) -> None:
     """Set the least important weights of the chosen layers to zero; wanda runs `loss` over calibration batches.
 
-    Raises ConfigError where a pattern does not fit a layer, or wanda is given no data.
+    Raises ConfigError as `check` does, and where wanda is given no data.
     """
-    layers = choose(model, config.include, config.exclude, "RECIPE")
-    pattern = n_of_m(config.pattern)
+    layers, pattern = check(model, config), n_of_m(config.pattern)
     norms = _input_norms(model, layers, list(batches), loss) if config.method == "wanda" else {}
     if pattern is None and config.method == "magnitude":
         for group in [layers] if config.scope == "global" else [[layer] for layer in layers]:
@@ -39,9 +49,6 @@ def prune(
         if layer.transposed:
             weight = weight.t()
         score = weight.abs() * norms.get(layer.module, 1.0)
-        if pattern is not None and score.size(1) % pattern[1]:
-            problem = f"{layer.module} has {score.size(1)} inputs, not divisible by {pattern[1]}"
-            raise ConfigError("RECIPE", f"nm={config.pattern}", problem)
         groups = score.reshape(-1, pattern[1]) if pattern else score
         count = pattern[1] - pattern[0] if pattern else round(config.sparsity * score.size(1))
         gone = groups.argsort(dim=1, stable=True)[:, :count]

@@ -1,4 +1,8 @@
-"""What is to be done to a trained model, as it is typed: `magnitude=0.5`, `heads=0.25+neurons=0.5+int8`."""
+"""What is to be done to a trained model, as it is typed: `magnitude=0.5`, `heads=0.25+neurons=0.5+int8`.
+
+Every number says how much is removed: heads=0.25 removes a quarter of each layer's heads, layers=2 two layers, and
+magnitude=0.5 sets half of the weights to zero.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +27,14 @@ class Recipe:
     quantize: str | None = None  # one of QUANTIZED
 
     @property
+    def dense(self) -> str:
+        """The folder of what there is before it is quantized; "": of nothing but the model itself."""
+        steps = [step for step in self.name.split("+") if step not in QUANTIZED]
+        return "+".join(steps).replace(":", "-").replace("=", "-")
+
+    @property
     def folder(self) -> str:
-        return self.name.replace(":", "-").replace("=", "-")
+        return "+".join(filter(None, (self.dense, self.quantize)))
 
 
 def parse(text: str) -> Recipe:
@@ -51,7 +61,11 @@ def parse(text: str) -> Recipe:
             prune = PruneConfig(pattern=value, scope="layer")
         else:
             near = nearest(name, (*METHODS, *QUANTIZED, *PARTS, "nm"))
-            hint = f"did you mean {near}?" if near and near != name else f"steps are {EXAMPLES}, joined by +"
+            hint = (
+                f"did you mean {near}?"
+                if near and near != name
+                else f"steps are {EXAMPLES} (a number says how much is removed), joined by +"
+            )
             raise ConfigError("RECIPE", text, f"{step!r} is no step", hint)
     if prune is not None:
         prune.schedule = RampConfig(kind="constant")

@@ -43,7 +43,7 @@ PARTS = ("heads", "neurons", "layers", "dim")
 
 @dataclass(frozen=True)
 class Cut:
-    """How much of each part goes: below 1 a fraction, else a number (of every layer's heads or neurons)."""
+    """How much of each part is removed: below 1 a fraction, else a number (of every layer's heads or neurons)."""
 
     heads: float = 0
     neurons: float = 0
@@ -257,10 +257,9 @@ def choose(config: ModelConfig, cut: Cut, found: Importances) -> Kept:
     Raises ConfigError for more than there is, or for a fraction of which nothing comes.
     """
     config = supported(config)
-    n_layers = config.n_layers - amount("layers", cut.layers, config.n_layers)
-    n_units = units(config) - amount("heads", cut.heads, units(config))
-    n_neurons = ffn_dim(config) - amount("neurons", cut.neurons, ffn_dim(config))
-    dim = config.dim - amount("dim", cut.dim, config.dim)
+    n_units, n_neurons, n_layers, dim = (
+        there - amount(part, getattr(cut, part), there) for part, there in parts(config).items()
+    )
     of_layers = found.layers.clone()
     if isinstance(config, EncoderConfig) and starts_normed(config):
         of_layers[0] = torch.inf  # it has no norm of its own, which another in its place would have
@@ -273,8 +272,22 @@ def choose(config: ModelConfig, cut: Cut, found: Importances) -> Kept:
     )
 
 
+def parts(config: ModelConfig) -> dict[str, int]:
+    """How many there are of each of PARTS (of heads and neurons, in a layer). Raises ConfigError as `supported` does."""
+    config = supported(config)
+    return {"heads": units(config), "neurons": ffn_dim(config), "layers": config.n_layers, "dim": config.dim}
+
+
+def smaller(config: ModelConfig, cut: Cut) -> ModelConfig:
+    """What a cut makes of a config, whatever is cut: for what its shapes allow. Raises ConfigError as `choose` does."""
+    there = parts(config)
+    each = [torch.zeros(there["heads"])] * there["layers"], [torch.zeros(there["neurons"])] * there["layers"]
+    nothing = Importances(*each, torch.zeros(there["layers"]), torch.zeros(there["dim"]))
+    return shrink(config, choose(config, cut, nothing), ())[0]
+
+
 def amount(part: str, asked: float, there: int) -> int:
-    """How many of `there` are asked to go."""
+    """How many of `there` are asked to be removed."""
     count = int(asked * there + 1e-9) if asked < 1 else int(asked)
     shown = f"{asked:g}"
     if asked < 0 or not math.isfinite(asked) or (asked >= 1 and asked != int(asked)):
