@@ -1,4 +1,4 @@
-"""What `make train` does after its set-up: the default recipe at a third of its length, its report, and a first text.
+"""What `make train` does after its set-up: the first steps of the default recipe, its report, and a first text.
 
 At half its length it beats gzip (make soak); the whole recipe runs in test_make.py (make soak, too).
 """

@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,7 @@ class Command:
             "train.eval_every=0", "logger.progress=false", "launch.ranks=2", "launch.device=cpu",
         ]  # fmt: skip
         self.started: list[subprocess.Popen[str]] = []
+        self.owned = Owned(folder)
 
     def start(self, *overrides: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
@@ -53,16 +55,22 @@ class Command:
 
 @pytest.fixture
 def command(tmp_path: Path, corpus: Path) -> Iterator[Command]:
-    command = Command(tmp_path, corpus)
-    yield command
-    for process in command.started:
-        process.kill()
-        process.wait()
-    left = ranks(tmp_path)
-    for rank in left.values():
-        rank.kill()
+    yield from commands(tmp_path, corpus)
+
+
+def commands(folder: Path, corpus: Path) -> Iterator[Command]:
+    """One that is ended with the test, and held to leaving neither a process nor shared memory of its runs."""
+    command = Command(folder, corpus)
+    with command.owned:
+        yield command
+        for process in command.started:
+            process.kill()
+            process.wait()
+        left = ranks(folder)
+        for rank in left.values():
+            rank.kill()
     assert not left, "processes were left behind"
-    assert left_behind(set()) == []
+    assert command.owned.left_behind() == []
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -80,13 +88,39 @@ def ranks(folder: Path) -> dict[int, psutil.Process]:
     return found
 
 
-def left_behind(before: set[str]) -> list[str]:
-    """What is new in /dev/shm and stays there without an owner: a run of somebody else's that ends just now clears up
-    after itself within a second or two."""
-    limit = time.monotonic() + 15
-    while (names := sorted(set(shared_memory()) - before)) and time.monotonic() < limit:
-        time.sleep(0.5)
-    return names
+class Owned:
+    """What in /dev/shm belongs to the launches of runs below a folder, whatever other programs have there: their names
+    hold a launch's port (DeepSpeed's) or a rank's process (torch's), which are noted while the launches live."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.ports, self.pids = folder, set[str](), set[str]()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._note_until_done)
+
+    def __enter__(self) -> Owned:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def _note_until_done(self) -> None:
+        while not self._done.wait(0.3):
+            self.pids |= {str(process.pid) for process in ranks(self.folder).values()}
+            for path in self.folder.rglob("launch.json"):
+                self.ports |= set(re.findall(r"--master_port=(\d+)", path.read_text()))
+
+    def left_behind(self) -> list[str]:
+        """Those that stay without an owner."""
+        limit = time.monotonic() + 15
+        while (names := [name for name in shared_memory() if self.has(name)]) and time.monotonic() < limit:
+            time.sleep(0.5)
+        return names
+
+    def has(self, name: str) -> bool:
+        words = name.split("_")
+        return words[-2] in self.ports if name.startswith("deepspeed_") else words[1] in self.pids
 
 
 def shared_memory() -> list[str]:
@@ -213,7 +247,7 @@ def test_a_killed_supervisor_leaves_no_rank(command: Command, tmp_path: Path, vi
         assert error.startswith("bigtrain: error: ")
     else:
         for path in Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"):  # nobody is left who could remove them
-            if path.name in shared_memory():
+            if command.owned.has(path.name):
                 path.unlink()
 
 

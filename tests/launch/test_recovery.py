@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.test_local import Command, finish, left_behind, ranks, shared_memory, steps, wait_for_steps
+from tests.launch.test_local import Command, commands, finish, ranks, steps, wait_for_steps
 from tests.runs import losses, result
 
 pytestmark = pytest.mark.timeout(400)
@@ -43,17 +43,7 @@ if os.environ.get("RANK") == "1" and os.environ.get("TROUBLE"):
 
 @pytest.fixture
 def command(tmp_path: Path, corpus: Path) -> Iterator[Command]:
-    command = Command(tmp_path, corpus)
-    shared = set(shared_memory())
-    yield command
-    for process in command.started:
-        process.kill()
-        process.wait()
-    left = ranks(tmp_path)
-    for rank in left.values():
-        rank.kill()
-    assert not left, "processes were left behind"
-    assert left_behind(shared) == []
+    yield from commands(tmp_path, corpus)
 
 
 def trouble(tmp_path: Path, what: str) -> list[str]:
