@@ -18,8 +18,9 @@ from bigtrain import models
 from bigtrain.checkpoint import inference, newest
 from bigtrain.compress.quantize import as_trained
 from bigtrain.config import Config, HuggingFaceConfig, InstructionConfig, ModelConfig, TranslationConfig
+from bigtrain.data.control import text_reader
 from bigtrain.data.encode_examples import TranslationEncoder, translation_marks
-from bigtrain.data.encode_instructions import closing_mark, prompt_tokens
+from bigtrain.data.encode_instructions import Chat
 from bigtrain.data.tokenizer import begin_id, load_tokenizer, vocabulary_size
 from bigtrain.errors import ConfigError
 
@@ -72,15 +73,25 @@ def run(
     answers = config.task if isinstance(config.task, InstructionConfig) else None
     size = vocabulary_size(tokenizer)
     if answers is None:  # as training began its documents
-        encoded = [[begin_id(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in prompts]
+        reader = text_reader(tokenizer)
+        encoded = [[begin_id(tokenizer), *reader.encode(prompt, add_special_tokens=False).ids] for prompt in prompts]
         written = write_on(model, encoded, eos_id, size, max_new_tokens, options, where)
         texts = [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in written]
         return [prompt + text for prompt, text in zip(prompts, texts, strict=True)]
-    encoded = [prompt_tokens(prompt, answers.template, tokenizer) for prompt in prompts]
-    mark = closing_mark(answers.template, tokenizer)
-    closed = partial(_ends_with, tokenizer, mark) if mark else None
+    chat = Chat(answers.template, tokenizer)
+    encoded = [chat.prompt(prompt).ids for prompt in prompts]
+    closed: Closed | None = None
+    if chat.closing is not None:
+        closed = partial(_ends_in, chat.closing)
+    elif chat.closing_text:
+        closed = partial(_ends_with, tokenizer, chat.closing_text)
     written = write_on(model, encoded, eos_id, size, max_new_tokens, options, where, closed)
-    return [_before(mark, tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in written]
+    answered = [tokens[:-1] if tokens and tokens[-1] == chat.closing else tokens for tokens in written]
+    return [_before(chat.closing_text, tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in answered]
+
+
+def _ends_in(token: int, tokens: list[int]) -> bool:
+    return tokens[-1:] == [token]
 
 
 def _ends_with(tokenizer: Any, mark: str, tokens: list[int]) -> bool:
