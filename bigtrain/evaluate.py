@@ -23,7 +23,7 @@ from bigtrain.confusion import CONFUSION, EVALUATION, METRICS
 from bigtrain.data.encode_examples import record_kind
 from bigtrain.data.example_loader import Share
 from bigtrain.data.prepare import prepare_held_out
-from bigtrain.data.prepare_examples import write_examples
+from bigtrain.data.prepare_examples import say, write_examples
 from bigtrain.data.records import open_held_out
 from bigtrain.data.tokenizer import find_tokenizer
 from bigtrain.errors import ConfigError
@@ -101,7 +101,7 @@ def _data(run: Path, config: Config, data: list[str], columns: dict[str, str | i
         records = open_held_out(described, record_kind(config.task), labels, Path(directory), "--data")
         used = replace(config, data=replace(described, prepared_dir=directory))
         tokenizer = find_tokenizer(str(run / "tokenizer"), "RUN")
-        write_examples(Path(directory), used, tokenizer, labels, records)
+        say(write_examples(Path(directory), used, tokenizer, labels, records))
         yield used
 
 

@@ -35,7 +35,7 @@ from bigtrain.config import (
     TranslationConfig,
 )
 from bigtrain.data.encode_examples import translation_marks
-from bigtrain.data.encode_instructions import CHAT_TEMPLATES, chat_template
+from bigtrain.data.encode_instructions import Chat, exported_template
 from bigtrain.data.tokenizer import begin_id, find_tokenizer, load_tokenizer, special_ids, vocabulary_size
 from bigtrain.errors import ConfigError
 from bigtrain.files import NAME_MAX, hidden_beside
@@ -249,7 +249,7 @@ def _write(
         shutil.copyfile(run / "tokenizer" / "tokenizer.json", staging / "tokenizer.json")
     write_json(staging / "tokenizer_config.json", told(run) | tokenizer_config(config, tokens))
     if isinstance(config.task, InstructionConfig):  # as it was trained, whatever the model came with
-        template = CHAT_TEMPLATES.get(config.task.template) or chat_template(tokenizer)
+        template = exported_template(config.task.template, tokenizer)
         (staging / "chat_template.jinja").write_text(template, encoding="utf-8")
     elif (run / "tokenizer" / "chat_template.jinja").is_file():
         shutil.copyfile(run / "tokenizer" / "chat_template.jinja", staging / "chat_template.jinja")
@@ -372,6 +372,10 @@ def generation_config(config: Config, tokenizer: Any, tokens: dict[str, Any]) ->
             "max_new_tokens": config.task.max_new_tokens if isinstance(config.task, TranslationConfig) else None,
         }  # fmt: skip
     settings = {name: tokens[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    if isinstance(config.task, InstructionConfig):  # a response ends with its template's mark too
+        closing = Chat(config.task.template, tokenizer).closing
+        if closing not in (None, tokens["eos_token_id"]):
+            settings["eos_token_id"] = [closing, tokens["eos_token_id"]]
     if isinstance(config.task, TranslationConfig):
         longest = min(config.task.max_new_tokens, config.model.max_seq_len)  # theirs has no position after that
         settings |= {"decoder_start_token_id": tokens["bos_token_id"], "max_new_tokens": longest}

@@ -19,8 +19,9 @@ from bigtrain import models
 from bigtrain.checkpoint import inference, newest
 from bigtrain.compress.quantize import as_trained
 from bigtrain.config import Config, HuggingFaceConfig, InstructionConfig, ModelConfig, TranslationConfig
+from bigtrain.data.control import text_reader
 from bigtrain.data.encode_examples import TranslationEncoder, translation_marks
-from bigtrain.data.encode_instructions import closing_mark, prompt_tokens
+from bigtrain.data.encode_instructions import Chat
 from bigtrain.data.tokenizer import begin_id, load_tokenizer, vocabulary_size
 from bigtrain.errors import ConfigError
 from bigtrain.hints import WRITERS
@@ -132,7 +133,8 @@ def _continuations(
     device: torch.device,
 ) -> list[Written]:
     # They begin as training began its documents.
-    encoded = [[begin_id(tokenizer), *tokenizer.encode(prompt, add_special_tokens=False).ids] for prompt in prompts]
+    reader = text_reader(tokenizer)
+    encoded = [[begin_id(tokenizer), *reader.encode(prompt, add_special_tokens=False).ids] for prompt in prompts]
     rows = write_on(model, encoded, eos_id, vocabulary_size(tokenizer), max_new_tokens, options, device)
     return [
         Written(
@@ -165,16 +167,25 @@ def _answers(
     options: dict[str, Any],
     device: torch.device,
 ) -> list[Written]:
-    encoded = [prompt_tokens(prompt, template, tokenizer) for prompt in prompts]
-    mark = closing_mark(template, tokenizer)
-    closed = partial(_ends_with, tokenizer, mark) if mark else None
+    chat = Chat(template, tokenizer)
+    encoded = [chat.prompt(prompt).ids for prompt in prompts]
+    closed: Closed | None = None
+    if chat.closing is not None:
+        closed = partial(_ends_in, chat.closing)
+    elif chat.closing_text:
+        closed = partial(_ends_with, tokenizer, chat.closing_text)
     rows = write_on(model, encoded, eos_id, vocabulary_size(tokenizer), max_new_tokens, options, device, closed)
     written = []
     for prompt, before, row in zip(prompts, encoded, rows, strict=True):
         ended = len(row) < room_after(before, max_new_tokens, model.config.max_seq_len) or bool(closed and closed(row))
-        text = _before(mark, tokenizer.decode(row, skip_special_tokens=True))
+        answer = row[:-1] if row and row[-1] == chat.closing else row
+        text = _before(chat.closing_text, tokenizer.decode(answer, skip_special_tokens=True))
         written.append(Written(prompt, text, len(row), "stop" if ended else "length"))
     return written
+
+
+def _ends_in(token: int, tokens: list[int]) -> bool:
+    return tokens[-1:] == [token]
 
 
 def _ends_with(tokenizer: Any, mark: str, tokens: list[int]) -> bool:

@@ -27,9 +27,9 @@ from bigtrain.config import (
     InstructionConfig,
     TaggingConfig,
 )
-from bigtrain.data.encode_instructions import prompt_text
+from bigtrain.data.control import control_tokens, text_reader
+from bigtrain.data.encode_instructions import Chat, Prompt
 from bigtrain.data.tokenizer import (
-    begin_id,
     find_tokenizer,
     load_tokenizer,
     require_special,
@@ -232,8 +232,9 @@ def _word_at(read: Text, token: int) -> str:
 
 def read_text(tokenizer: Any, text: str, pair: str | None, length: int) -> Text:
     """A text, or two, as a classifier was trained on them; what is too long is cut, and a warning says so."""
-    tokenizer.enable_truncation(length, strategy="longest_first")
-    encoding = tokenizer.encode(text, pair) if pair is not None else tokenizer.encode(text)
+    reader = text_reader(tokenizer)
+    reader.enable_truncation(length, strategy="longest_first")
+    encoding = reader.encode(text, pair) if pair is not None else reader.encode(text)
     if encoding.overflowing:
         logger.warning("the text was cut: the model reads %d tokens", length)
     sources = {0: text, 1: pair or ""}
@@ -249,10 +250,11 @@ def read_text(tokenizer: Any, text: str, pair: str | None, length: int) -> Text:
 def read_words(tokenizer: Any, text: str, length: int) -> Text:
     """Words parted by spaces, as a tagger was trained on them."""
     words = text.split()
-    tokenizer.enable_truncation(length)
+    reader = text_reader(tokenizer)
+    reader.enable_truncation(length)
     # Byte-level tokenizers tell a word from a part of one by the space before it.
     spaced = [f" {word}" if i else word for i, word in enumerate(words)]
-    encoding = tokenizer.encode(spaced, is_pretokenized=True)
+    encoding = reader.encode(spaced, is_pretokenized=True)
     if encoding.overflowing:
         logger.warning("the text was cut: the model reads %d tokens", length)
     pieces = [
@@ -279,11 +281,12 @@ def _text(encoding: Any, pieces: list[str], keys: list[Any]) -> Text:
 
 def _inspect_decoder(model: Any, config: Config, run: Path, text: str, target: str | None) -> Inspection:
     tokenizer, eos_id = load_tokenizer(str(run / "tokenizer"), "RUN")
-    given, begin = text, [eos_id]
+    length = min(config.model.max_seq_len, MOST_TOKENS)
     if isinstance(config.task, InstructionConfig):
-        given = prompt_text(text, config.task.template, tokenizer)
-        begin = [] if config.task.template == "tokenizer" else [begin_id(tokenizer)]
-    read = read_prompt(tokenizer, given, begin, min(config.model.max_seq_len, MOST_TOKENS))
+        chat = Chat(config.task.template, tokenizer)
+        read = _read(chat.prompt(text), len(chat.begin), length)
+    else:
+        read = read_prompt(tokenizer, text, [eos_id], length)
     size = vocabulary_size(tokenizer)
     (tokens,) = _tensors(model, read.ids)
     with torch.no_grad(), attention_of(model) as attention:
@@ -312,22 +315,32 @@ def _next(model: Any, tokens: Tensor) -> Tensor:
 
 def read_prompt(tokenizer: Any, text: str, begin: list[int], length: int) -> Text:
     """A prompt as a document begins; of what is too long the end is kept, and a warning says so."""
-    encoding = tokenizer.encode(text, add_special_tokens=False)
-    room = length - len(begin)
-    if len(encoding.ids) > room:
-        logger.warning("the text's last %d of %d tokens are read", room, len(encoding.ids))
-    kept = slice(max(0, len(encoding.ids) - room), None)
+    encoding = text_reader(tokenizer).encode(text, add_special_tokens=False)
     pieces = [text[start:end] or token for token, (start, end) in zip(encoding.tokens, encoding.offsets, strict=True)]
-    ids, keys = encoding.ids[kept], encoding.word_ids[kept]
-    words = [1]
-    for before, key in pairwise(keys):
-        words.append(words[-1] + (key != before))
     marks = [tokenizer.id_to_token(number) for number in begin]
-    special = [True] * len(begin) + [False] * len(ids)
-    return Text([*begin, *ids], [*marks, *pieces[kept]], [0] * len(begin) + words, special, [0] * len(special))
+    prompt = Prompt([*begin, *encoding.ids], marks + pieces, [None] * len(begin) + list(encoding.word_ids))
+    return _read(prompt, len(begin), length)
+
+
+def _read(prompt: Prompt, begin: int, length: int) -> Text:
+    """A prompt, of which the first `begin` tokens begin the text, cut at its beginning to `length` tokens."""
+    over = max(0, len(prompt.ids) - length)
+    if over:
+        count = len(prompt.ids) - begin
+        logger.warning("the text's last %d of %d tokens are read", count - over, count)
+    ids, pieces, keys = (
+        [*values[:begin], *values[begin + over :]] for values in (prompt.ids, prompt.pieces, prompt.words)
+    )
+    words = [1]
+    for before, key in pairwise(keys[begin:]):
+        words.append(words[-1] + (key != before))
+    special = [True] * begin + [False] * (len(ids) - begin)
+    return Text(ids, pieces, [0] * begin + words, special, [0] * len(special))
 
 
 def _token(tokenizer: Any, target: str) -> int:
+    if target in control_tokens(tokenizer):
+        return int(tokenizer.token_to_id(target))
     encoding = tokenizer.encode(target, add_special_tokens=False)
     if len(encoding.ids) != 1:
         parts = ", ".join(repr(tokenizer.decode([number])) for number in encoding.ids)

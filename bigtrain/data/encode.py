@@ -22,6 +22,7 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 
+from bigtrain.data.control import text_reader
 from bigtrain.data.corpus import Piece
 from bigtrain.data.shards import token_dtype
 
@@ -37,15 +38,16 @@ class Encoded:
 
 
 class Encoder:
-    """Encodes pieces: each document becomes `begin`, the token ids that a document begins with, + its tokens."""
+    """Encodes pieces: each document becomes `begin`, the token ids that a document begins with, + its tokens. None of
+    those is one of the `control` tokens."""
 
-    def __init__(self, tokenizer_file: Path, begin: tuple[int, ...], vocab_size: int) -> None:
+    def __init__(self, tokenizer_file: Path, begin: tuple[int, ...], vocab_size: int, control: tuple[str, ...]) -> None:
         from tokenizers import Tokenizer
 
-        self.tokenizer: Any = Tokenizer.from_file(str(tokenizer_file))
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a document is text like any other
+        tokenizer: Any = Tokenizer.from_file(str(tokenizer_file))
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self.tokenizer = text_reader(tokenizer, control)  # "<|endoftext|>" inside a document is text like any other
         self.begin = np.array(begin, dtype=token_dtype(vocab_size))
 
     def encode(self, pieces: Sequence[Piece]) -> Encoded:
@@ -71,8 +73,10 @@ class EncoderPool:
     the pipe of a dead worker just ends.
     """
 
-    def __init__(self, workers: int, tokenizer_file: Path, begin: tuple[int, ...], vocab_size: int) -> None:
-        arguments = (tokenizer_file, begin, vocab_size)
+    def __init__(
+        self, workers: int, tokenizer_file: Path, begin: tuple[int, ...], vocab_size: int, control: tuple[str, ...]
+    ) -> None:
+        arguments = (tokenizer_file, begin, vocab_size, control)
         self._encoder = None if workers else Encoder(*arguments)
         self._threads = ThreadPoolExecutor(workers) if workers else None
         self._workers: list[tuple[SpawnProcess, _Pipe]] = []
@@ -119,11 +123,11 @@ class EncoderPool:
         return cast(Encoded, answer)
 
 
-def _work(pipe: _Pipe, tokenizer_file: Path, begin: tuple[int, ...], vocab_size: int) -> None:
+def _work(pipe: _Pipe, tokenizer_file: Path, begin: tuple[int, ...], vocab_size: int, control: tuple[str, ...]) -> None:
     """A worker's life: it ends when the parent closes the pipe, or ends itself, however that happens."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent alone decides
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    encoder = Encoder(tokenizer_file, begin, vocab_size)
+    encoder = Encoder(tokenizer_file, begin, vocab_size, control)
     with contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         while True:
             pieces = pipe.recv()

@@ -16,7 +16,7 @@ from bigtrain.config import (
     TaskConfig,
     TranslationConfig,
 )
-from bigtrain.data.corpus import shown
+from bigtrain.data.control import text_reader
 from bigtrain.data.encode_instructions import InstructionEncoder
 from bigtrain.data.encode_questions import QuestionEncoder
 from bigtrain.data.examples import Example
@@ -31,6 +31,10 @@ class ExampleEncoder(Protocol):
     """What a task makes of its records."""
 
     cut: int  # records that were longer than the model's sequences, so far
+
+    def notes(self) -> list[str]:
+        """What was lost or left out so far, and what a reader of the result should know: a sentence each."""
+        ...
 
     def labels_of(self, record: Record) -> list[str]:
         """The labels that a record holds."""
@@ -62,8 +66,7 @@ def example_encoder(config: Config, tokenizer: Any) -> ExampleEncoder:
     if isinstance(config.task, QuestionAnsweringConfig):
         return QuestionEncoder(config.task, tokenizer, config.model.max_seq_len)
     assert isinstance(config.task, ClassificationConfig)
-    path = shown(getattr(config.data, "path", None))
-    return ClassificationEncoder(config.task, tokenizer, config.model.max_seq_len, path)
+    return ClassificationEncoder(config.task, tokenizer, config.model.max_seq_len)
 
 
 def _label_id(label: str, label_ids: dict[str, int]) -> int:
@@ -73,23 +76,26 @@ def _label_id(label: str, label_ids: dict[str, int]) -> int:
     return label_ids[label]
 
 
+def _cut_note(encoder: Any, what: str) -> list[str]:
+    lost = f"{encoder.cut} {what} longer than {encoder.length} tokens lost their end"
+    return [f"{lost}; raise model.max_seq_len or task.max_length"] if encoder.cut else []
+
+
 class ClassificationEncoder:
-    """A text, or two, between the tokenizer's own special tokens; one label, or a number.
+    """A text, or two, between the tokenizer's own special tokens; one label, or a number."""
 
-    `encode` raises ConfigError, which names `path`, where some of the records have two texts and others one.
-    """
+    def __init__(self, task: ClassificationConfig, tokenizer: Any, max_seq_len: int) -> None:
+        self.regression, self.tokenizer = task.regression, text_reader(tokenizer)
+        self.length, self.cut = min(task.max_length or max_seq_len, max_seq_len), 0
 
-    def __init__(self, task: ClassificationConfig, tokenizer: Any, max_seq_len: int, path: object) -> None:
-        self.regression, self.path = task.regression, path
-        self.pairs: bool | None = None  # whether records have two texts; unknown before the first
-        self.count = 0  # of the records so far
-        self.tokenizer, self.length, self.cut = tokenizer, min(task.max_length or max_seq_len, max_seq_len), 0
+    def notes(self) -> list[str]:
+        return _cut_note(self, "texts")
 
     def labels_of(self, record: Record) -> list[str]:
         return [] if self.regression else [record["label"]]
 
     def encode(self, records: Sequence[Record], label_ids: dict[str, int]) -> list[list[Example]]:
-        pairs = self._pairs(records)
+        pairs = "text_pair" in records[0]  # all of them have one, or none: the reader has looked
         texts = [(record["text"], record["text_pair"]) if pairs else record["text"] for record in records]
         self.tokenizer.enable_truncation(self.length, strategy="longest_first")
         examples: list[list[Example]] = []
@@ -102,28 +108,16 @@ class ClassificationEncoder:
             examples.append([example])
         return examples
 
-    def _pairs(self, records: Sequence[Record]) -> bool:
-        """Whether the records have two texts each."""
-        for record in records:
-            self.count += 1
-            found = "text_pair" in record
-            if self.pairs is None:
-                self.pairs = found
-            if found != self.pairs:
-                has, others = ("a", "have none") if found else ("no", "have one")
-                raise ConfigError(
-                    "data.path", self.path,
-                    f"record {self.count} ({record['text'][:40]!r}) has {has} text_pair, those before it {others}",
-                    "give every record one, or take one text of each: data.columns={text: COLUMN}",
-                )  # fmt: skip
-        return bool(self.pairs)
-
 
 class TaggingEncoder:
     """Words with a tag each; a word's first token carries it. A sentence that is too long becomes several examples."""
 
     def __init__(self, task: TaggingConfig, tokenizer: Any, max_seq_len: int) -> None:
-        self.tokenizer, self.length, self.cut = tokenizer, min(task.max_length or max_seq_len, max_seq_len), 0
+        self.tokenizer, self.unknown = text_reader(tokenizer), special_ids(tokenizer).get("unk", 0)
+        self.length, self.cut = min(task.max_length or max_seq_len, max_seq_len), 0
+
+    def notes(self) -> list[str]:
+        return []  # what is longer becomes several examples
 
     def labels_of(self, record: Record) -> list[str]:
         return list(record["tags"])
@@ -159,10 +153,9 @@ class TaggingEncoder:
         for i, (word, token) in enumerate(zip(encoding.word_ids, encoding.ids, strict=True)):
             if word is not None and i not in special:
                 words.setdefault(word, []).append(token)
-        unknown = special_ids(self.tokenizer).get("unk", 0)
         for word, tag in enumerate(tags):
             # A word of nothing but control characters has no token: something must carry its tag.
-            pieces = words.get(word, [unknown])[:room]
+            pieces = words.get(word, [self.unknown])[:room]
             if len(tokens) + len(pieces) > room:
                 finish()
                 self.cut += len(examples) == 1
@@ -179,7 +172,7 @@ class TranslationEncoder:
     """
 
     def __init__(self, task: TranslationConfig, tokenizer: Any, model: ModelConfig) -> None:
-        self.tokenizer, self.cut = tokenizer, 0
+        self.tokenizer, self.cut = text_reader(tokenizer), 0
         self.length = min(task.max_length or model.max_seq_len, model.max_seq_len)
         marks = translation_marks(tokenizer, model)
         self.before, self.after, self.start = [marks["cls"]], [marks["sep"]], []
@@ -188,6 +181,9 @@ class TranslationEncoder:
             self.start = [marks["cls"]]
             if marks["sep"] not in self.after:
                 self.after = [marks["sep"], *self.after]
+
+    def notes(self) -> list[str]:
+        return _cut_note(self, "sources or targets")
 
     def labels_of(self, record: Record) -> list[str]:
         return []

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bigtrain.config import QuestionAnsweringConfig
+from bigtrain.data.control import text_reader
 from bigtrain.data.examples import Example
 from bigtrain.data.records import Record
 from bigtrain.data.tokenizer import special_ids
@@ -38,8 +39,22 @@ class QuestionEncoder:
 
     def __init__(self, task: QuestionAnsweringConfig, tokenizer: Any, max_seq_len: int) -> None:
         self.length = min(task.max_length or max_seq_len, max_seq_len)
-        self.tokenizer, self.stride, self.cut, self.torn = tokenizer, task.stride, 0, 0
+        self.tokenizer, self.stride, self.cut, self.torn, self.shortened = text_reader(tokenizer), task.stride, 0, 0, 0
         self.cls_id = special_ids(tokenizer)["cls"]
+
+    def notes(self) -> list[str]:
+        found = []
+        if self.torn:
+            found.append(
+                f"no window holds the whole answer to {self.torn} of the questions: it is longer than what two windows"
+                f" share (task.stride={self.stride}); raise task.stride or task.max_length"
+            )
+        if self.shortened:
+            found.append(
+                f"{self.shortened} questions lost their end, to leave room for the context in {self.length} tokens;"
+                " raise model.max_seq_len or task.max_length"
+            )
+        return found
 
     def labels_of(self, record: Record) -> list[str]:
         return []
@@ -57,6 +72,7 @@ class QuestionEncoder:
         self.cut += not fits
         most = len(question) if fits else (self.length - (len(whose) - len(question) - len(context)) - self.stride) // 2
         lost = set(question[most:])
+        self.shortened += bool(lost)
         border = context[0] if context else len(whose)
         before = [i for i in range(border) if i not in lost]
         after = [i for i in range(border, len(whose)) if whose[i] != 1]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 from bigtrain.data.shards import META, SPLITS
 from bigtrain.errors import ConfigError
 
-FORMAT = 2  # raise it when the same records would give other bytes
+FORMAT = 2  # of the files: raise it when those of before cannot be read any more
+ENCODING = 3  # raise it when the same records would give other examples
 RECORDS = "held_out.records.jsonl"
 Example = dict[str, Any]  # field -> a list of numbers, or one number
 
@@ -44,6 +45,7 @@ class PreparedExamples:
     ragged: dict[str, str]  # field -> dtype
     single: dict[str, str]
     cut: int
+    notes: list[str] = field(default_factory=list)  # what was lost or left out, and what a user should know
 
     @property
     def tokenizer_file(self) -> Path:

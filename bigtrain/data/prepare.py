@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from bigtrain.config import CausalLMConfig, Config, DataConfig, EncoderConfig, TextDataConfig
+from bigtrain.data.control import control_tokens
 from bigtrain.data.corpus import Corpus, Piece, find, hashed, open_corpus, shown
 from bigtrain.data.encode import Encoded, EncoderPool, WorkerDied
 from bigtrain.data.locks import locked, writing
@@ -143,7 +144,8 @@ def _build(
         workers = data.workers or _cores()
         with ExitStack() as stack:
             inline = 0 < corpus.size <= INLINE_BYTES
-            pool = EncoderPool(0 if inline else workers, partial / "tokenizer.json", (eos_id, *begin), vocab_size)
+            file, control = partial / "tokenizer.json", tuple(control_tokens(tokenizer))
+            pool = EncoderPool(0 if inline else workers, file, (eos_id, *begin), vocab_size, control)
             stack.callback(pool.close)
             for writer in writers.values():
                 stack.callback(writer.abandon)

@@ -10,12 +10,13 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from bigtrain.config import (
+    ClassificationConfig,
     Config,
     DecoderConfig,
     HuggingFaceConfig,
@@ -23,16 +24,17 @@ from bigtrain.config import (
     LabelledDataConfig,
     QuestionAnsweringConfig,
     StdlibDataConfig,
+    TaggingConfig,
     TranslationConfig,
 )
 from bigtrain.data.encode_examples import ExampleEncoder, example_encoder, record_kind, translation_marks
 from bigtrain.data.encode_instructions import chat_template
-from bigtrain.data.encode_questions import QuestionEncoder
-from bigtrain.data.examples import FORMAT, RECORDS, ExampleWriter, PreparedExamples, load_examples
+from bigtrain.data.examples import ENCODING, FORMAT, RECORDS, Example, ExampleWriter, PreparedExamples, load_examples
 from bigtrain.data.locks import locked, writing
-from bigtrain.data.records import Record, Records, open_records
+from bigtrain.data.records import Record, Records, listed, open_records
 from bigtrain.data.shards import META, SPLITS
 from bigtrain.data.tokenizer import (
+    CHATML,
     check_vocabulary,
     find_tokenizer,
     require_special,
@@ -45,6 +47,7 @@ from bigtrain.errors import ConfigError
 from bigtrain.files import fsync, write_atomic
 
 ENCODED_TOGETHER = 1000  # records
+MOST_SEEN = 100_000  # different labels: beyond it none is missed
 
 
 def prepare_examples(config: Config) -> PreparedExamples:
@@ -60,7 +63,10 @@ def prepare_examples(config: Config) -> PreparedExamples:
         cache.mkdir(parents=True, exist_ok=True)
         loaded = find_tokenizer(data.tokenizer.path) if data.tokenizer.path else None
         records = open_records(data, record_kind(config.task), cache)
-        identity = tokenizer_identity(data.tokenizer, loaded, _marks_texts(config))
+        marks = CHATML if isinstance(config.task, InstructionConfig) and config.task.template == "chatml" else ()
+        if loaded is not None and _may_grow(config):
+            loaded.add_special_tokens(list(marks))
+        identity = tokenizer_identity(data.tokenizer, loaded, _marks_texts(config), marks)
         if isinstance(config.task, InstructionConfig) and config.task.template == "tokenizer":
             identity["chat_template"] = chat_template(loaded)
         fingerprint = _fingerprint(config, records, identity)
@@ -68,14 +74,26 @@ def prepare_examples(config: Config) -> PreparedExamples:
         if not directory.exists():
             with locked(cache / f"{fingerprint}.lock", config.logger.progress):
                 if not directory.exists():
-                    _build(directory, config, records, loaded)
+                    _build(directory, config, records, loaded, marks)
     prepared = load_examples(directory)
+    say(prepared.notes)
     check_vocabulary(config, prepared.vocab_size)
     for split in SPLITS:
         if not prepared.examples[split]:
             name = split.replace("_", "-")
             raise ConfigError(*_blame(config), f"its {name} part has no example", "give more, or change data.held_out")
     return prepared
+
+
+def say(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"warning: {note}", flush=True)
+
+
+def _may_grow(config: Config) -> bool:
+    """Whether the tokenizer may get tokens that it has not: no weights are there yet whose rows they would need."""
+    started = config.init_from is not None or isinstance(config.model, HuggingFaceConfig)
+    return not started and config.compress.distil is None
 
 
 def _marks_texts(config: Config) -> bool:
@@ -96,6 +114,7 @@ def _fingerprint(config: Config, records: Records, tokenizer: dict[str, Any]) ->
     task = {key: getattr(config.task, key, None) for key in ("kind", "regression", "max_length", "stride", "template")}
     parts = {
         "examples_format": FORMAT,
+        "encoding": ENCODING,
         "records": records.identity(),
         "tokenizer": tokenizer,
         "task": task,
@@ -107,7 +126,7 @@ def _fingerprint(config: Config, records: Records, tokenizer: dict[str, Any]) ->
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
-def _build(directory: Path, config: Config, records: Records, loaded: Any | None) -> None:
+def _build(directory: Path, config: Config, records: Records, loaded: Any | None, marks: Sequence[str]) -> None:
     partial = directory.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a build that was killed
     partial.mkdir()
@@ -115,7 +134,7 @@ def _build(directory: Path, config: Config, records: Records, loaded: Any | None
     if tokenizer is None:
         texts = (text for record, held_out in records if not held_out for text in _texts(record))
         tokenizer = train_tokenizer(
-            texts, config.data.tokenizer.vocab_size, for_encoder=not isinstance(config.model, DecoderConfig)
+            texts, config.data.tokenizer.vocab_size, not isinstance(config.model, DecoderConfig), marks
         )
     fixed = isinstance(config.data, LabelledDataConfig) and config.data.held_out_path is not None
     labels = _labels(records, example_encoder(config, tokenizer), train_only=fixed)
@@ -124,10 +143,11 @@ def _build(directory: Path, config: Config, records: Records, loaded: Any | None
     fsync(directory.parent)
 
 
-def write_examples(
-    directory: Path, config: Config, tokenizer: Any, labels: list[str], records: Iterable[tuple[Record, bool]]
-) -> None:
-    """Encode (record, held out) pairs into `directory`. Raises ConfigError for a label that is not one of `labels`."""
+def write_examples(directory: Path, config: Config, tokenizer: Any, labels: list[str], records: Records) -> list[str]:
+    """Encode the records into `directory`. What was lost or left out on the way, a sentence each.
+
+    Raises ConfigError, with the place, for a record that cannot be encoded, a label not of `labels` among them.
+    """
     special = special_ids(tokenizer)
     require_special(special, _needed(config), config.data.tokenizer.path)
     if isinstance(config.model, HuggingFaceConfig) and isinstance(config.model.architecture.get("pad_token_id"), int):
@@ -138,22 +158,19 @@ def write_examples(
     encoder = example_encoder(config, tokenizer)
     label_ids = {label: number for number, label in enumerate(labels)}
     train, held_out = (ExampleWriter(directory, split) for split in SPLITS)
+    seen = _Seen(config)
     numbers = [0, 0]  # of the next record in training, and held out
     with train, held_out, open(directory / RECORDS, "w", encoding="utf-8") as kept:
         for batch in _together(records):
-            encoded = encoder.encode([record for record, _ in batch], label_ids)
+            encoded = _encoded(encoder, [record for record, _ in batch], label_ids, records, sum(numbers))
             for (record, out), examples in zip(batch, encoded, strict=True):
                 for example in examples:
                     (held_out if out else train).add(example | {"record": numbers[out]})
+                seen.add(record, out)
                 numbers[out] += 1
                 if out:
                     kept.write(json.dumps(record, ensure_ascii=False) + "\n")
-    if isinstance(encoder, QuestionEncoder) and encoder.torn:
-        print(
-            f"warning: no window holds the whole answer to {encoder.torn} of the questions: it is longer than what two"
-            f" windows share (task.stride={encoder.stride}); raise task.stride or task.max_length",
-            flush=True,
-        )
+    notes = [*encoder.notes(), *seen.notes()]
     meta = {
         "examples_format": FORMAT,
         "fingerprint": directory.stem,
@@ -165,12 +182,56 @@ def write_examples(
         "ragged": train.ragged | held_out.ragged,
         "single": train.single | held_out.single,
         "cut": encoder.cut,
+        "notes": notes,
     }
     write_atomic(directory / "tokenizer.json", _plain(tokenizer))
     write_atomic(directory / META, json.dumps(meta, indent=2, ensure_ascii=False) + "\n")
     for path in directory.iterdir():
         fsync(path)
     fsync(directory)
+    return notes
+
+
+def _encoded(
+    encoder: ExampleEncoder, batch: list[Record], label_ids: dict[str, int], records: Records, first: int
+) -> list[list[Example]]:
+    """The examples of records, of which `first` is the number of the first. An error names the place of its record."""
+    try:
+        return encoder.encode(batch, label_ids)
+    except ConfigError as error:
+        for number, record in enumerate(batch, start=first):
+            try:
+                encoder.encode([record], label_ids)
+            except ConfigError as alone:
+                problem = f"{records.place(number)}: {alone.problem}"
+                raise ConfigError(alone.field, alone.value, problem, alone.way_out) from None
+        raise error from None  # it is none of the records
+
+
+class _Seen:
+    """The labels, or numbers to predict, of the records in training and of those held out."""
+
+    def __init__(self, config: Config) -> None:
+        self.task = config.task
+        self.of: tuple[set[Any], set[Any]] = (set(), set())
+
+    def add(self, record: Record, held_out: bool) -> None:
+        if len(self.of[held_out]) <= MOST_SEEN:
+            self.of[held_out].update(record["tags"] if isinstance(self.task, TaggingConfig) else [record.get("label")])
+
+    def notes(self) -> list[str]:
+        if not isinstance(self.task, (ClassificationConfig, TaggingConfig)) or not self.of[False]:
+            return []
+        train, held_out = self.of
+        number = isinstance(self.task, ClassificationConfig) and self.task.regression
+        found = []
+        if len(train) == 1:
+            (only,) = train
+            what = "number to predict" if number else "tag" if isinstance(self.task, TaggingConfig) else "label"
+            found.append(f"all training examples have the one {what} {only!r}: there is nothing to tell apart")
+        if new := sorted(held_out - train) if not number else []:
+            found.append(f"no training example has what held-out ones have, and none can be right: {listed(new)}")
+        return found
 
 
 def _plain(tokenizer: Any) -> str:

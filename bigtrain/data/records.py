@@ -10,26 +10,28 @@ Memory: one record, and the first rows of a file, at a time. `fields` says what 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import chain, zip_longest
+from itertools import chain, islice, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from bigtrain.config import LabelledDataConfig, StdlibDataConfig
 from bigtrain.data import conll, hub, squad
 from bigtrain.data.corpus import digest_of, find, hashed, shown
-from bigtrain.data.fields import FIELDS, Field, known_names, record, resolve
+from bigtrain.data.fields import FIELDS, GAP, Field, known_names, record, resolve, same_label
 from bigtrain.data.formats import SourceFile, decompressed, kind_of, lines, reading
-from bigtrain.data.tables import Row, hub_table, open_table
+from bigtrain.data.tables import Row, hub_table, is_number, open_table
 from bigtrain.errors import NO_VALUE, ConfigError
 
 __all__ = ["FIELDS", "Field", "Records", "open_held_out", "open_records"]
 
-FORMAT = 1  # raise it when the same files would give other records
+FORMAT = 2  # raise it when the same files would give other records
 CONLL = (".conll", ".bio", ".iob", ".iob2", ".txt")  # of tagging, as is .tsv
 READABLE = "tsv, csv, jsonl, json or parquet"
+MOST_LISTED = 20  # labels in a message
 PARALLEL = "two text files, line by line: data.path=[FILE.en,FILE.de]"
 
 Record = dict[str, Any]
@@ -48,6 +50,12 @@ class Records:
     blame: tuple[str, object]  # the key, and its value, to name where there is nothing
     source: Callable[[], Iterable[tuple[Record, bool]]]
     parts: dict[str, Any] = field(repr=False)
+    places: Callable[[], Iterable[str]] | None = None  # where each record stands, in the same order
+
+    def place(self, number: int) -> str:
+        """Where the record of that number (from 0) stands, for a message: its file and line, where there are such."""
+        found = next(islice(self.places(), number, None), None) if self.places else None
+        return found or f"record {number + 1}"
 
     def identity(self) -> dict[str, Any]:
         """What the records depend on, for a fingerprint: content, columns and the rule of the split, not the place."""
@@ -88,7 +96,9 @@ def open_records(data: LabelledDataConfig | StdlibDataConfig, task: str, cache: 
             "data.path", shown(data.path), "holds no file of labelled records", f"wanted: {_wanted(task)}"
         )
     readers = _FileReader(data, task, hashed(files, cache), hashed(held_out_files, cache))
-    return Records(task, data.held_out, ("data.path", shown(data.path)), readers.records, readers.parts())
+    return Records(
+        task, data.held_out, ("data.path", shown(data.path)), readers.records, readers.parts(), readers.places
+    )
 
 
 def open_held_out(data: LabelledDataConfig, task: str, labels: list[str], cache: Path, key: str) -> Records:
@@ -101,7 +111,7 @@ def open_held_out(data: LabelledDataConfig, task: str, labels: list[str], cache:
     if not files:
         raise ConfigError(key, shown(data.path), "holds no file of labelled records", f"wanted: {_wanted(task)}")
     readers = _FileReader(data, task, [], hashed(files, cache), labels)
-    return Records(task, 1.0, (key, shown(data.path)), readers.records, readers.parts())
+    return Records(task, 1.0, (key, shown(data.path)), readers.records, readers.parts(), readers.places)
 
 
 def _files(data: LabelledDataConfig, key: str, paths: str | list[str] | None, task: str) -> list[SourceFile]:
@@ -167,27 +177,36 @@ class _FileReader:
             "hub_config": self.data.name,
         }
 
+    def places(self) -> Iterator[str]:
+        return (f"{file.path}: {where}" for file, where, _, _ in self._all())
+
     def records(self) -> Iterator[tuple[Record, bool]]:
+        checks: list[_Check] = []
+        if self.task in ("classification", "tagging"):
+            checks.append(_LabelCheck(self.task, self.labels))
+        if self.task in ("classification", "regression"):
+            checks.append(_PairCheck())
+        for file, where, example, fixed in self._all():
+            try:
+                key = split_key(self.task, example)
+            except UnicodeEncodeError as error:
+                half = error.object[error.start]
+                raise file.error(f"{where} holds half a surrogate pair ({half!r}), which is no text") from None
+            for check in checks:
+                check.see(file, where, example, bool(fixed))
+            yield example, digest_of(key) < self.data.held_out * 2**64 if fixed is None else fixed
+        for check in checks:
+            check.finish()
+
+    def _all(self) -> Iterator[tuple[SourceFile, str, Record, bool | None]]:
+        """(file, where in it, record, whether it is held out where the user says which are)."""
         for files, fixed in ((self.files, False if self.held_out_files else None), (self.held_out_files, True)):
             if _parallel(self.data, self.task) and files:
                 found = chain.from_iterable(map(_parallel_lines, files[::2], files[1::2]))
             else:
                 found = chain.from_iterable(self._file(file, bool(fixed)) for file in files)
             for file, where, example in found:
-                try:
-                    key = split_key(self.task, example)
-                except UnicodeEncodeError as error:
-                    half = error.object[error.start]
-                    raise file.error(f"{where} holds half a surrogate pair ({half!r}), which is no text") from None
-                self._check_labels(file, where, example)
-                yield example, digest_of(key) < self.data.held_out * 2**64 if fixed is None else fixed
-
-    def _check_labels(self, file: SourceFile, where: str, example: Record) -> None:
-        if self.labels:
-            for label in example["tags"] if self.task == "tagging" else [example["label"]]:
-                if label not in self.labels:
-                    known = f"known are {', '.join(self.labels)}"
-                    raise file.error(f"{where}: {label!r}: a label that no training example has", known)
+                yield file, where, example, fixed
 
     def _file(self, file: SourceFile, held_out: bool) -> Iterator[tuple[SourceFile, str, Record]]:
         if file.stamp == hub.STAMP:
@@ -227,7 +246,75 @@ class _FileReader:
                 raise ConfigError(f"data.columns.{name}", column, problem, "as data.columns={words: 0, tags: 3}")
             numbers[name] = int(column)
         for line, words, tags in conll.sentences(file, lines(file, decompressed(file, raw)), **numbers):
-            yield file, f"line {line}", {"words": words, "tags": tags}
+            yield file, f"line {line}", {"words": words, "tags": [same_label(tag) for tag in tags]}
+
+
+class _Check(Protocol):
+    """What is wrong with a record only beside the others."""
+
+    def see(self, file: SourceFile, where: str, example: Record, held_out: bool) -> None: ...
+
+    def finish(self) -> None: ...
+
+
+class _LabelCheck:
+    """Raises ConfigError for a label that only held-out records have, where the user says which those are or `known`
+    labels are given, and for a "nan" among numbers: that is a gap, among words it may be one (the language Min Nan)."""
+
+    def __init__(self, task: str, known: Sequence[str]) -> None:
+        self.task, self.given = task, bool(known)
+        # By the spelling that is one in every format: an older run's labels may have another.
+        self.known = {same_label(label): label for label in known}
+        self.gap: ConfigError | None = None
+        self.words = False
+
+    def see(self, file: SourceFile, where: str, example: Record, held_out: bool) -> None:
+        labels = example["tags"] if self.task == "tagging" else [example["label"]]
+        for label in labels:
+            if not is_number(label):
+                self.words = True
+            elif self.gap is None and not math.isfinite(float(label)):
+                self.gap = file.error(f"{where}: the label is {label}, which is no label among numbers", GAP)
+            if self.given or held_out:
+                if label not in self.known:
+                    problem = f"{where}: {label!r}: a label that no training example has"
+                    raise file.error(problem, f"known are {listed(self.known.values())}")
+            else:
+                self.known[label] = label
+        if self.given and self.task == "tagging":
+            example["tags"] = [self.known[label] for label in labels]
+        elif self.given:
+            example["label"] = self.known[labels[0]]
+
+    def finish(self) -> None:
+        if self.gap is not None and not self.words:
+            raise self.gap
+
+
+class _PairCheck:
+    """Raises ConfigError where some records have two texts and others one."""
+
+    def __init__(self) -> None:
+        self.pairs: bool | None = None
+
+    def see(self, file: SourceFile, where: str, example: Record, held_out: bool) -> None:
+        found = "text_pair" in example
+        self.pairs = found if self.pairs is None else self.pairs
+        if found != self.pairs:
+            has, others = ("a", "have none") if found else ("no", "have one")
+            raise file.error(
+                f"{where} ({example['text'][:40]!r}) has {has} text_pair, those before it {others}",
+                "give every record one, or take one text of each: data.columns={text: COLUMN}",
+            )
+
+    def finish(self) -> None:
+        """Nothing is left to say."""
+
+
+def listed(labels: Iterable[str]) -> str:
+    """Labels for a message: the first of them, where they are many."""
+    found = list(labels)
+    return ", ".join(found[:MOST_LISTED]) + (f" and {len(found) - MOST_LISTED} more" * (len(found) > MOST_LISTED))
 
 
 def _parallel_lines(source: SourceFile, target: SourceFile) -> Iterator[tuple[SourceFile, str, Record]]:

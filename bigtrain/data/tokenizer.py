@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ END_OF_TEXT = "<|endoftext|>"
 # In the order they are looked for, where the tokenizer's own files do not say which.
 BEGIN_TOKENS = ("<|begin_of_text|>", "<bos>", "<s>", "[BOS]")
 END_TOKENS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<EOS>", "[SEP]")
+
+CHATML = ("<|im_start|>", "<|im_end|>")  # before a turn's role, and after its content
 
 # Explicit, or the library warns on standard error whenever the command starts a process later.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -36,10 +38,11 @@ SPECIAL = {
 }
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, for_encoder: bool = False) -> Any:
+def train_tokenizer(texts: Iterable[str], vocab_size: int, for_encoder: bool = False, marks: Sequence[str] = ()) -> Any:
     """A byte-level BPE of at most `vocab_size` tokens, <|endoftext|> the first; the same texts give the same one.
 
-    `for_encoder` adds BERT's special tokens, and puts [CLS] and [SEP] around what is encoded.
+    `for_encoder` adds BERT's special tokens, and puts [CLS] and [SEP] around what is encoded. `marks` are further
+    special tokens, such as CHATML.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -48,7 +51,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, for_encoder: bool = F
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT, *(names[0] for names in SPECIAL.values())] if for_encoder else [END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *(names[0] for names in SPECIAL.values() if for_encoder), *marks],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -80,6 +83,11 @@ def begin_id(tokenizer: Any) -> int:
     """What a prompt begins with: the tokenizer's beginning of a text, or if it has none the token that ends one."""
     found = special_ids(tokenizer)
     return found.get("bos", found["eos"])
+
+
+def has_chatml(tokenizer: Any) -> bool:
+    """Whether ChatML's marks are tokens of it."""
+    return all(tokenizer.token_to_id(mark) is not None for mark in CHATML)
 
 
 def tokenizer_config(tokenizer: Any) -> dict[str, Any]:
@@ -145,6 +153,7 @@ def find_tokenizer(path: str, key: str = "data.tokenizer.path") -> Any:
         raise ConfigError(key, path, f"{file.name} is no tokenizer ({str(error).splitlines()[0]})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    tokenizer.encode_special_tokens = True  # "<|endoftext|>" inside a text is text; see control.text_reader
     tokenizer.config = _config(file.parent)
     return tokenizer
 
@@ -173,16 +182,22 @@ def check_vocabulary(config: Config, vocab_size: int) -> None:
         )  # fmt: skip
 
 
-def tokenizer_identity(settings: TokenizerConfig, loaded: Any | None, for_encoder: bool) -> dict[str, Any]:
-    """What the token ids depend on, for the fingerprint."""
+def tokenizer_identity(
+    settings: TokenizerConfig, loaded: Any | None, for_encoder: bool, marks: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What the token ids depend on, for the fingerprint. `marks`: of one that is trained."""
     import tokenizers
+
+    from bigtrain.data.control import leaks
 
     if loaded is not None:
         spelled = _spelled(loaded)
         told = {name: number for name, number in special_ids(loaded).items() if spelled.get(name) != number}
         identity = {"tokenizer": loaded.to_str(), "library": tokenizers.__version__}
-        return identity | ({"special_ids": told} if told else {})
+        identity |= {"special_ids": told} if told else {}
+        return identity | ({"control_tokens": "read as text"} if leaks(loaded) else {})
     trained = {"vocab_size": settings.vocab_size, "train_mib": settings.train_mib, "library": tokenizers.__version__}
+    trained |= {"marks": list(marks)} if marks else {}
     return trained | ({"for_encoder": True} if for_encoder else {})
 
 

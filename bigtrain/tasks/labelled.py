@@ -138,4 +138,5 @@ class LabelledTask(ABC):
         return [(index, row) for index, row in zip(batch["index"].tolist(), rows, strict=True) if index >= 0]
 
     def facts(self) -> dict[str, Any]:
-        return {"data/examples": self.data.examples, "data/examples_cut": self.data.cut, "data/labels": self.labels}
+        found = {"data/examples": self.data.examples, "data/examples_cut": self.data.cut, "data/labels": self.labels}
+        return found | ({"data/notes": self.data.notes} if self.data.notes else {})
