@@ -6,35 +6,27 @@ smaller ones and returns to the ball after each.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 PGD_STRIDE = 2.5  # steps together are this many times the ball's radius (arXiv 1706.06083's own setting)
 
 
-def worst_change(
-    model: nn.Module, loss: Callable[[Tensor], Tensor], zeros: Tensor, epsilon: float, steps: int
-) -> Tensor:
+def worst_change(loss: Callable[[Tensor], Tensor], zeros: Tensor, epsilon: float, steps: int) -> Tensor:
     """A change (B, T, D) of the embeddings, at most `epsilon` long (L2) for each text, that raises the loss.
 
     loss: what the model's loss (a scalar) is with a change. zeros: (B, T, D), in the model's type. One step is FGM.
-    No gradient of a parameter is computed, so that no engine sees these passes.
+    No gradient of a parameter is computed.
     """
     stride = epsilon if steps == 1 else PGD_STRIDE * epsilon / steps
     change = zeros
-    with getattr(model, "no_sync", contextlib.nullcontext)() if _is_ddp(model) else contextlib.nullcontext():
-        for _ in range(steps):
-            change = change.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(loss(change), change)
-            change = _inside(change.float() + stride * _unit(gradient.float()), epsilon).to(zeros.dtype)
+    for _ in range(steps):
+        change = change.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss(change), change)
+        change = _inside(change.float() + stride * _unit(gradient.float()), epsilon).to(zeros.dtype)
     return change.detach()
-
-
-def _is_ddp(model: nn.Module) -> bool:
-    return isinstance(model, nn.parallel.DistributedDataParallel)
 
 
 def _lengths(x: Tensor) -> Tensor:

@@ -54,14 +54,15 @@ class Classification(LabelledTask):
         return int((batch["index"] >= 0).sum())
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSums:
-        def sums(change: Tensor | None = None) -> LossSums:
-            return self._sums(self.outputs(model, batch, change), batch, self.config.label_smoothing)
+        def sums(change: Tensor | None = None, through: nn.Module = model) -> LossSums:
+            return self._sums(self.outputs(through, batch, change), batch, self.config.label_smoothing)
 
         if self.config.adversarial == "none":
             return sums()
         steps = 1 if self.config.adversarial == "fgm" else self.config.adversarial_steps
         zeros = batch["tokens"].new_zeros(*batch["tokens"].shape, self.dim, dtype=next(model.parameters()).dtype)
-        change = worst_change(model, lambda change: sums(change).loss, zeros, self.config.adversarial_epsilon, steps)
+        bare = getattr(model, "module", model)  # an engine's wrapper would take these passes for the step's own
+        change = worst_change(lambda change: sums(change, bare).loss, zeros, self.config.adversarial_epsilon, steps)
         clean = sums()
         return LossSums((clean.loss + sums(change).loss) / 2, clean.nll)
 
