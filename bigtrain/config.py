@@ -406,12 +406,12 @@ class LionConfig:
 
 @dataclass
 class MuonConfig:
-    """Muon (orthogonalised momentum) for hidden matrices, AdamW for the rest, as DeepSpeed has it."""
+    """Muon (orthogonalised momentum) for the layers' matrices, AdamW for the rest, as DeepSpeed has it."""
 
     kind: Literal["muon"] = "muon"
     lr: float = 2e-2  # of the matrices
     momentum: float = 0.95
-    adam_lr: float = 3e-4  # of embeddings, norms and biases
+    adam_lr: float = 3e-4  # of embeddings, positions, heads, norms and biases
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8

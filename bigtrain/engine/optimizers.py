@@ -28,19 +28,23 @@ ParameterGroups = list[dict[str, Any]]
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig, layer_lr_decay: float = 1.0) -> ParameterGroups:
-    """Matrices decay; norms and biases (one-dimensional) do not. Muon gets hidden matrices in groups of their own.
+    """Matrices decay; norms and biases (one-dimensional) do not. Muon gets hidden matrices, which are those of the
+    layers, in groups of their own; tables (of tokens, positions, token types), poolers and heads it leaves to AdamW.
 
     layer_lr_decay: each layer's lr is smaller by this factor than that of the layer above (arXiv 1801.06146, 3.2).
     An encoder's and a decoder's layers go by their own stack each.
     """
     groups: dict[tuple[bool, bool, int], list[nn.Parameter]] = {}
     stacks = list(_stacks(model))
+    tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor in place
         matrix = len(shape) >= 2
-        hidden = matrix and isinstance(config, MuonConfig) and not _is_embedding(name)
+        in_layers = any(name.startswith(prefix) for prefix, _ in stacks)
+        # T5 has a table of relative positions inside its first layer.
+        hidden = isinstance(config, MuonConfig) and matrix and in_layers and id(parameter) not in tables
         parameter.use_muon = hidden  # type: ignore[attr-defined]  # DeepSpeed's ZeRO reads it from the parameter
         below = _below(name, stacks) if layer_lr_decay != 1 else 0
         groups.setdefault((matrix, hidden, below), []).append(parameter)
@@ -87,10 +91,6 @@ def _below(name: str, stacks: list[tuple[str, int]]) -> int:
         if name.startswith(prefix):
             return n_layers - int(name.removeprefix(prefix).split(".")[0])
     return 1 + max((n_layers for _, n_layers in stacks), default=0) if _EMBEDDING.search(name) else 0
-
-
-def _is_embedding(name: str) -> bool:
-    return "embed" in name or "head" in name.split(".")
 
 
 def _adam_arguments(config: AdamWConfig | AdamW8bitConfig | MuonConfig) -> dict[str, Any]:

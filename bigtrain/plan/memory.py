@@ -142,9 +142,8 @@ def _groups(config: Config, sizes: Sizes, device: Device) -> list[_Group]:
     groups: dict[tuple[bool, bool], list[Parameter]] = {}
     for each in sizes.parameters:
         if each.trained:
-            matrix = len(each.shape) >= 2
-            hidden = matrix and "embed" not in each.name and "head" not in each.name.split(".")
-            groups.setdefault((matrix, hidden and isinstance(config.optimizer, MuonConfig)), []).append(each)
+            hidden = each.hidden and isinstance(config.optimizer, MuonConfig)
+            groups.setdefault((len(each.shape) >= 2, hidden), []).append(each)
     return [_Group(tuple(parameters), _state_bytes(config, parameters, device)) for parameters in groups.values()]
 
 
@@ -159,9 +158,7 @@ def _state_bytes(config: Config, parameters: list[Parameter], device: Device) ->
         kept = sum(sum(each.shape) if len(each.shape) > 1 else each.count for each in parameters)
         return 4 * kept / max(sum(each.count for each in parameters), 1)
     if kind == "muon":
-        name = parameters[0].name
-        hidden = len(parameters[0].shape) >= 2 and "embed" not in name and "head" not in name.split(".")
-        return 4.0 if hidden else 8.0
+        return 4.0 if parameters[0].hidden else 8.0
     if kind == "lion":  # DeepSpeed's for hosts keeps a second moment that it does not use
         on_host = device == "cpu" or getattr(config.engine, "offload_optimizer", "none") != "none"
         return 8.0 if on_host else 4.0

@@ -73,6 +73,8 @@ def checkpoint(config: Config, cluster: Cluster, ranks: int, sizes: Sizes) -> Ch
         element = element_bytes(config)
         master = 0 if config.train.precision == "fp32" and engine.stage == 0 else 4
     size = element * sizes.total + (STATE_BYTES[config.optimizer.kind] - 4 + master) * sizes.trained
+    if config.optimizer.kind == "muon":  # which leaves the rest to AdamW, with its second moment
+        size += 4 * (sizes.trained - sizes.hidden)
     write = size / (nodes * cluster.disk_gb_per_second * 1e9)
     link = cluster.device.memory_gb_per_second if cluster.device.is_cpu else cluster.host_link_gb_per_second
     copy = size / ranks / (link * 1e9)

@@ -58,6 +58,11 @@ class Parameter:
     def count(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def hidden(self) -> bool:
+        """Whether it is a matrix of one of the layers: those are what Muon steps (engine/optimizers.py)."""
+        return len(self.shape) >= 2 and "blocks." in self.name
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -72,6 +77,11 @@ class Sizes:
     @cached_property
     def trained(self) -> int:
         return sum(each.count for each in self.parameters if each.trained)
+
+    @cached_property
+    def hidden(self) -> int:
+        """Of the trained, those in matrices of the layers."""
+        return sum(each.count for each in self.parameters if each.trained and each.hidden)
 
     def by_part(self) -> dict[str, int]:
         parts: dict[str, int] = {}

@@ -245,14 +245,16 @@ def _optimizer(config: Config, cluster: Cluster, ranks: int, trained: int, peak:
     engine = config.engine
     sharded = engine.stage >= 1 if isinstance(engine, DeepSpeedConfig) else engine.parallel == "fsdp2"
     updated = trained / ranks if sharded else trained
-    moved = OPTIMIZER_BYTES[config.optimizer.kind] * updated
+    kind = config.optimizer.kind
+    moved, products = OPTIMIZER_BYTES[kind] * updated, 0.0
+    if kind == "muon":  # which multiplies the layers' matrices, and leaves the rest to AdamW
+        hidden = of_run(config).hidden / max(trained, 1) * updated
+        moved = OPTIMIZER_BYTES[kind] * hidden + OPTIMIZER_BYTES["adamw"] * (updated - hidden)
+        products = MUON_MATMULS * 2.0 * hidden * flops.our_model(config.model).dim / peak
     links = sum(
         communication.transfer_seconds(each, cluster)
         for each in communication.transfers(config, ranks, trained, trained)
     )
-    products = 0.0
-    if config.optimizer.kind == "muon":
-        products = MUON_MATMULS * 2.0 * updated * flops.our_model(config.model).dim / peak
     if isinstance(engine, DeepSpeedConfig) and engine.offload_optimizer != "none" and not cluster.device.is_cpu:
         return links + moved * min(ranks, cluster.devices_per_node) / HOST_BYTES_PER_SECOND, 0.0, products
     return links, moved / (cluster.device.memory_gb_per_second * 1e9), products

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from bigtrain.config import AdamWConfig, EncoderConfig, Seq2SeqConfig
+from bigtrain.config import AdamWConfig, DecoderConfig, EncoderConfig, MuonConfig, Seq2SeqConfig
 from bigtrain.engine.optimizers import freeze, parameter_groups
 from bigtrain.errors import ConfigError
-from bigtrain.models import Encoder
+from bigtrain.models import Decoder, Encoder
 from bigtrain.models.seq2seq import Seq2Seq
 
 
@@ -82,6 +83,56 @@ def test_a_model_of_transformers_is_taken_apart_alike(kind: str, sizes: dict[str
         found = rates(getattr(transformers, f"{kind}Model")(theirs), 0.5)
     for start, below in depths.items():
         assert {rate for name, rate in found.items() if name.startswith(start)} == {0.5**below}, start
+
+
+MATRICES = {  # of a layer, without the prefix of its name
+    "ours": {"attention.qkv", "attention.out", "feed_forward.up", "feed_forward.down"},
+    "GPT2": {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"},
+    "T5": {"SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o", "DenseReluDense.wi",
+           "DenseReluDense.wo", "EncDecAttention.q", "EncDecAttention.k", "EncDecAttention.v", "EncDecAttention.o"},
+    "Llama": {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj",
+              "mlp.up_proj", "mlp.down_proj"},
+}  # fmt: skip
+MATRICES["decoder"] = MATRICES["encoder"] = MATRICES["ours"]
+MATRICES["seq2seq"] = MATRICES["ours"] | {f"cross_attention.{name}" for name in ("query", "key_value", "out")}
+
+
+def model_of(kind: str) -> torch.nn.Module:
+    shape: dict[str, Any] = {"dim": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 50}
+    theirs: dict[str, dict[str, Any]] = {
+        "GPT2": {"n_embd": 16, "n_layer": 2, "n_head": 2},
+        "T5": {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2},
+        "Llama": {
+            "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "tie_word_embeddings": False,
+        },
+    }  # fmt: skip
+    with torch.device("meta"):
+        match kind:
+            case "decoder":
+                return Decoder(DecoderConfig(**shape, tie_embeddings=False))
+            case "encoder":
+                return Encoder(EncoderConfig(**shape, pooler=True))
+            case "seq2seq":
+                return Seq2Seq(Seq2SeqConfig(**shape))
+        made = {"GPT2": "GPT2LMHeadModel", "T5": "T5ForConditionalGeneration", "Llama": "LlamaForCausalLM"}[kind]
+        config = getattr(transformers, f"{kind}Config")(vocab_size=50, **theirs[kind])
+        return getattr(transformers, made)(config)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", ["decoder", "encoder", "seq2seq", "GPT2", "T5", "Llama"])
+def test_muon_gets_the_matrices_of_the_layers_and_nothing_else(kind: str) -> None:
+    """Not tables of tokens, positions, token types or distances, no pooler and no head, tied or not."""
+    model = model_of(kind)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found, rest = set(), set()
+    for group in parameter_groups(model, MuonConfig(lr=1.0, adam_lr=0.5)):
+        for parameter in group["params"]:
+            assert parameter.use_muon == group["use_muon"] == (group["lr"] == 1.0)
+            (found if group["use_muon"] else rest).add(names[id(parameter)])
+    ends = {".".join(name.removesuffix(".weight").split(".")[-2:]) for name in found}
+    assert ends == MATRICES[kind]
+    assert not any(".".join(name.split(".")[-3:-1]) in ends and name.endswith(".weight") for name in rest)
 
 
 def test_frozen_parameters_are_in_no_group(encoder: Encoder) -> None:

@@ -11,8 +11,9 @@ from tokenizers import Tokenizer
 from tokenizers import models as models_of_tokenizers
 
 from bigtrain import models
-from bigtrain.config import Config, EncoderConfig, HuggingFaceConfig, from_dict
+from bigtrain.config import Config, EncoderConfig, HuggingFaceConfig, MuonConfig, from_dict
 from bigtrain.data.tokenizer import find_tokenizer, vocabulary_size
+from bigtrain.engine import optimizers
 from bigtrain.errors import ConfigError
 from bigtrain.models import heads
 from bigtrain.models.lora import add_lora
@@ -55,6 +56,15 @@ def counted(config: Config) -> list[tuple[str, tuple[int, ...], bool]]:
     return [(each.name, each.shape, each.trained) for each in sizes.of_run(config).parameters]
 
 
+def steps_with_muon(module: Any) -> list[str]:
+    optimizers.parameter_groups(module, MuonConfig())
+    return [name for name, each in module.named_parameters() if each.requires_grad and each.use_muon]
+
+
+def hidden(found: sizes.Sizes) -> list[str]:
+    return [each.name for each in found.parameters if each.trained and each.hidden]
+
+
 @pytest.mark.parametrize("name", [*PUBLISHED, *OURS])
 def test_every_preset_parameter_by_parameter(name: str) -> None:
     config = preset(name)
@@ -65,6 +75,7 @@ def test_every_preset_parameter_by_parameter(name: str) -> None:
         module = models.build(config)
     assert [(each.name, each.shape) for each in found.parameters] == [row[:2] for row in names_and_shapes(module)]
     assert found.total == PUBLISHED.get(name, found.total) == sum(found.by_part().values())
+    assert hidden(found) == steps_with_muon(module)
 
 
 TASKS: list[dict[str, Any]] = [
@@ -84,7 +95,9 @@ TASKS: list[dict[str, Any]] = [
 def test_an_encoder_with_each_tasks_head(changes: dict[str, Any]) -> None:
     model = {"kind": "encoder", "dim": 64, "vocab_size": 512} | changes.get("model", {})
     config = from_dict({"model": model, "task": changes["task"], "train": changes.get("train", {})})
-    assert counted(config) == names_and_shapes(built(config))
+    module = built(config)
+    assert counted(config) == names_and_shapes(module)
+    assert hidden(sizes.of_run(config)) == steps_with_muon(module)
 
 
 def test_a_decoder_with_lora_trains_what_the_module_trains() -> None:
