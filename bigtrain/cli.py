@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bigtrain import __version__, files, terminal
+from bigtrain import __version__, files, foreign, terminal
 from bigtrain.config import Config, EncryptionConfig
 from bigtrain.errors import BigtrainError, ConfigError
-from bigtrain.launch import Stopped, foreign
+from bigtrain.launch import Stopped
 from bigtrain.redact import redact
 
 if TYPE_CHECKING:

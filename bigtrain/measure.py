@@ -25,10 +25,10 @@ from typing import Any
 
 import yaml
 
-from bigtrain import hardware
+from bigtrain import foreign, hardware
 from bigtrain.config import LaunchConfig
 from bigtrain.errors import BigtrainError
-from bigtrain.launch import foreign, ops
+from bigtrain.launch import ops
 from bigtrain.launch.local import KEEP_FREED_MEMORY
 from bigtrain.plan import clusters, fixed_costs
 from bigtrain.plan.clusters import Cluster

@@ -159,7 +159,7 @@ class Chat:
             self.closing_text = END
         if template == "chatml" and self.begin == [self.closing]:
             self.begin = []  # as of Qwen's, whose conversations begin with <|im_start|>
-        self._text = text_reader(tokenizer) if self._reader is None else None
+        self._text: Any = text_reader(tokenizer) if self._reader is None else None
 
     def conversation(self, messages: Messages) -> tuple[list[int], list[bool]]:
         """Tokens, and which of them are learned."""

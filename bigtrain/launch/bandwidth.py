@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any
 
-from bigtrain.launch import foreign
+from bigtrain import foreign
 
 TRIES, WARM_UP = 9, 3
 SMALLEST, LARGEST = 4, 16 * 2**20  # bytes

@@ -17,11 +17,12 @@ from typing import Any
 
 import psutil
 
+from bigtrain import foreign
 from bigtrain.config import Config, dump, held_back
 from bigtrain.errors import BigtrainError
 from bigtrain.files import write_atomic
 from bigtrain.hardware import Placement
-from bigtrain.launch import foreign, ops
+from bigtrain.launch import ops
 from bigtrain.launch.cause import failure_files, first_cause
 from bigtrain.launch.hang import Hang, HangDetector
 from bigtrain.launch.restart import Restarts

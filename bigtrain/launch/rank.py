@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 
-from bigtrain.launch import foreign
+from bigtrain import foreign
 
 # The names of (rank, local rank, world size, ranks on this node), by launcher; torchrun and deepspeed first.
 _NAMES = (

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bigtrain import checks, encryption, files, hardware, privacy
+from bigtrain import checks, encryption, files, foreign, hardware, privacy
 from bigtrain import config as schema
 from bigtrain.checkpoint import changes
 from bigtrain.checkpoint.changes import Change
@@ -17,7 +17,7 @@ from bigtrain.checkpoint.find import Checkpoint
 from bigtrain.config import LABELLED_TASKS, VOCABULARY_MULTIPLE, Config, DeepSpeedConfig, objective_names
 from bigtrain.errors import BigtrainError, ConfigError, unknown_key
 from bigtrain.hints import next_commands
-from bigtrain.launch import Stopped, foreign, ops, pretrained, run_dir, ways
+from bigtrain.launch import Stopped, ops, pretrained, run_dir, ways
 from bigtrain.plan import preflight
 from bigtrain.redact import redact
 

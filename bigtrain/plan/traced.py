@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from bigtrain import config as schema
+from bigtrain import foreign
 from bigtrain.config import Config, DeepSpeedConfig, micro_batch
 from bigtrain.errors import BigtrainError, ConfigError
-from bigtrain.launch import foreign
 from bigtrain.plan import memory, sizes
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.result import GIB

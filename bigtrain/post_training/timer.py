@@ -8,7 +8,7 @@ import os
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -46,7 +46,7 @@ class Timer:
         return {"processor": _processor(), "threads": torch.get_num_threads(), "compiled": self.compile}
 
     def compare(
-        self, loads: list[Callable[[], nn.Module]], device: torch.device, hold: bool = True
+        self, loads: Sequence[Callable[[], nn.Module]], device: torch.device, hold: bool = True
     ) -> list[dict[str, Any]]:
         """Of each model, for batches of SIZES held-out examples under `batch_N_`: seconds (the median of single
         batches), joules (watts times that), the quartiles of both (`_q1`, `_q3`), repeats, watts and their source.

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from bigtrain import foreign
 from bigtrain.config import Config, LaunchConfig
 from bigtrain.hardware import Placement
-from bigtrain.launch import foreign, local
+from bigtrain.launch import local
 from bigtrain.launch.rank import _by_torchrun
 
 LEFT = {
