@@ -515,9 +515,9 @@ def compress(run: Path, recipes: tuple[str, ...], out: Path, columns: tuple[str,
     """Make the model of RUN (or of a Hugging Face directory) smaller by each RECIPE, and measure what comes of it.
 
     A recipe is steps joined by +. A number in it says how much is removed, below 1 a fraction, else that many:
-    heads=0.25 removes a quarter of each layer's heads and keeps three, layers=2 removes two layers; neurons=0.5 (of each
-    layer) and dim=64 (columns of the hidden state) likewise. magnitude=0.5 and wanda=0.5 set half of the weights to zero,
-    nm=2:4 all but 2 of each 4 neighbours. int8, int4 and int8_dynamic write linear layers as integers.
+    heads=0.25 removes a quarter of each layer's heads and keeps the rest, layers=2 removes two layers; neurons=0.5 (of
+    each layer) and dim=64 (columns of the hidden state) likewise. magnitude=0.5 and wanda=0.5 set half of the weights
+    to zero, nm=2:4 all but 2 of each 4 neighbours. int8, int4 and int8_dynamic write linear layers as integers.
 
     OUT/RECIPE is a directory that other commands take for a run; the table is of the files in it.
     """

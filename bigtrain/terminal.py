@@ -69,8 +69,8 @@ def settle(goes_on: bool) -> None:
             stream.reconfigure(errors="backslashreplace")
     if sys.stderr is sys.__stderr__:
         sys.stderr = outliving(2, getattr(sys.stderr, "encoding", None) or "utf-8", lambda error: None)
-    if goes_on and (out := sys.stdout) is not None and out is sys.__stdout__:
-        out.flush()
+    if goes_on and sys.stdout is sys.__stdout__ and sys.stdout is not None:
+        sys.stdout.flush()
         sys.stdout = outliving(1, encoding(), _say_lost)
 
 

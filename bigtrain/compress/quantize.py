@@ -265,7 +265,7 @@ def quantize(model: nn.Module, scheme: Scheme, include: list[str], exclude: list
 def quantized_weights(
     model: nn.Module, named: Iterable[tuple[str, Tensor]], config: QuantizeConfig, field: str
 ) -> Iterator[tuple[str, Tensor | Quantized]]:
-    """The weights of `model`, `named`, for a file: those that `config` takes as integers, with the scales they have now.
+    """The weights of `model`, `named`, for a file: those that `config` takes are integers, with the scales of now.
 
     model: as before `prepare`, which this does. Raises ConfigError as that does, before the first is given.
     """

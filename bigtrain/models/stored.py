@@ -1,7 +1,7 @@
 """Tensors in safetensors files, one file or several with an index, found by name and read one at a time.
 
-A quantized weight NAME lies there as integers, beside NAME.scale (rows, groups), and is read as what it stands for. int8
-lies as it is, (rows, columns); of int4 two are in a uint8, (rows, columns / 2), the first in its lower half.
+A quantized weight NAME lies there as integers, beside NAME.scale (rows, groups), and is read as what it stands for.
+int8 lies as it is, (rows, columns); of int4 two are in a uint8, (rows, columns / 2), the first in its lower half.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from bigtrain.errors import ConfigError
 
 
 def check(model: nn.Module, config: PruneConfig) -> list[Layer]:
-    """The layers to prune, of a model that may be on the meta device. Raises ConfigError where a pattern does not fit."""
+    """The layers to prune, of a model that may be on the meta device. Raises ConfigError if a pattern does not fit."""
     layers, pattern = choose(model, config.include, config.exclude, "RECIPE"), n_of_m(config.pattern)
     for layer in layers:
         inputs = layer.shape[0] if layer.transposed else layer.shape[1]

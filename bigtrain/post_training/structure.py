@@ -273,7 +273,7 @@ def choose(config: ModelConfig, cut: Cut, found: Importances) -> Kept:
 
 
 def parts(config: ModelConfig) -> dict[str, int]:
-    """How many there are of each of PARTS (of heads and neurons, in a layer). Raises ConfigError as `supported` does."""
+    """Count each of PARTS (heads and neurons: in a layer). Raises ConfigError as `supported` does."""
     config = supported(config)
     return {"heads": units(config), "neurons": ffn_dim(config), "layers": config.n_layers, "dim": config.dim}
 
