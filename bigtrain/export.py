@@ -38,6 +38,7 @@ from bigtrain.data.encode_examples import translation_marks
 from bigtrain.data.encode_instructions import CHAT_TEMPLATES, chat_template
 from bigtrain.data.tokenizer import begin_id, find_tokenizer, load_tokenizer, special_ids, vocabulary_size
 from bigtrain.errors import ConfigError
+from bigtrain.files import as_utf8
 from bigtrain.model_card import model_card
 from bigtrain.models.huggingface import to_huggingface
 
@@ -225,7 +226,7 @@ def _write(
         (staging / "chat_template.jinja").write_text(template, encoding="utf-8")
     elif (run / "tokenizer" / "chat_template.jinja").is_file():
         shutil.copyfile(run / "tokenizer" / "chat_template.jinja", staging / "chat_template.jinja")
-    (staging / "README.md").write_text(model_card(run, name, config, checkpoint), encoding="utf-8")
+    (staging / "README.md").write_bytes(as_utf8(model_card(run, name, config, checkpoint)))
     return settings
 
 
@@ -352,4 +353,4 @@ def generation_config(config: Config, tokenizer: Any, tokens: dict[str, Any]) ->
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_bytes(as_utf8(json.dumps(data, indent=2, ensure_ascii=False) + "\n"))

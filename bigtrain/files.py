@@ -8,6 +8,16 @@ from pathlib import Path
 from bigtrain.errors import BigtrainError
 
 
+def as_utf8(text: str) -> bytes:
+    """`text` as bytes. A path's byte that is no UTF-8 is written as \\udcXX, from which JSON and YAML read it back."""
+    return text.encode("utf-8", errors="backslashreplace")
+
+
+def printable(text: object) -> str:
+    """As `as_utf8`, for a terminal or a page."""
+    return as_utf8(str(text)).decode()
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` so that a reader, a crash or a power cut finds the old file or the new one, never part of it.
 
@@ -15,8 +25,8 @@ def write_atomic(path: Path, text: str) -> None:
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(part, "wb") as file:
+            file.write(as_utf8(text))
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

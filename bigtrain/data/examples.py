@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -44,6 +44,7 @@ class PreparedExamples:
     ragged: dict[str, str]  # field -> dtype
     single: dict[str, str]
     cut: int
+    left_out: dict[str, Any] = field(default_factory=dict)  # files that were not read: bigtrain.data.left_out
 
     @property
     def tokenizer_file(self) -> Path:

@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from bigtrain.data.encode_examples import ExampleEncoder, example_encoder, recor
 from bigtrain.data.encode_instructions import chat_template
 from bigtrain.data.encode_questions import QuestionEncoder
 from bigtrain.data.examples import FORMAT, RECORDS, ExampleWriter, PreparedExamples, load_examples
+from bigtrain.data.left_out import say_and_record
 from bigtrain.data.locks import locked, writing
 from bigtrain.data.records import Record, Records, open_records
 from bigtrain.data.shards import META, SPLITS
@@ -45,6 +47,12 @@ from bigtrain.errors import ConfigError
 from bigtrain.files import fsync, write_atomic
 
 ENCODED_TOGETHER = 1000  # records
+# Fields of a task that no encoder reads: they are about the loss, batches or evaluation. Every other field is part of
+# the cache's fingerprint, so that one that is added cannot reuse what was encoded without it.
+NOT_ENCODED = frozenset({
+    "label_smoothing", "dropout", "token_dropout", "token_swap", "token_deletion", "adversarial", "adversarial_epsilon",
+    "adversarial_steps", "max_new_tokens", "num_beams", "max_answer_length", "no_answer_threshold",
+})  # fmt: skip
 
 
 def prepare_examples(config: Config) -> PreparedExamples:
@@ -69,6 +77,7 @@ def prepare_examples(config: Config) -> PreparedExamples:
             with locked(cache / f"{fingerprint}.lock", config.logger.progress):
                 if not directory.exists():
                     _build(directory, config, records, loaded)
+    say_and_record(records.left_out, directory)
     prepared = load_examples(directory)
     check_vocabulary(config, prepared.vocab_size)
     for split in SPLITS:
@@ -93,7 +102,7 @@ def _needed(config: Config) -> tuple[str, ...]:
 
 
 def _fingerprint(config: Config, records: Records, tokenizer: dict[str, Any]) -> str:
-    task = {key: getattr(config.task, key, None) for key in ("kind", "regression", "max_length", "stride", "template")}
+    task = {key: value for key, value in asdict(config.task).items() if key not in NOT_ENCODED}
     parts = {
         "examples_format": FORMAT,
         "records": records.identity(),
@@ -139,7 +148,7 @@ def write_examples(
     label_ids = {label: number for number, label in enumerate(labels)}
     train, held_out = (ExampleWriter(directory, split) for split in SPLITS)
     numbers = [0, 0]  # of the next record in training, and held out
-    with train, held_out, open(directory / RECORDS, "w", encoding="utf-8") as kept:
+    with train, held_out, open(directory / RECORDS, "w", encoding="utf-8", errors="backslashreplace") as kept:
         for batch in _together(records):
             encoded = encoder.encode([record for record, _ in batch], label_ids)
             for (record, out), examples in zip(batch, encoded, strict=True):

@@ -138,4 +138,6 @@ class LabelledTask(ABC):
         return [(index, row) for index, row in zip(batch["index"].tolist(), rows, strict=True) if index >= 0]
 
     def facts(self) -> dict[str, Any]:
-        return {"data/examples": self.data.examples, "data/examples_cut": self.data.cut, "data/labels": self.labels}
+        left_out = {"data/left_out": self.data.left_out} if self.data.left_out else {}
+        found = {"data/examples": self.data.examples, "data/examples_cut": self.data.cut, "data/labels": self.labels}
+        return found | left_out
