@@ -152,7 +152,7 @@ class Corpus:
             yield from _document(cut(blocks, PIECE_CHARS), held_out)
 
     def _is_separated(self, file: SourceFile, raw: Any) -> bool:
-        """Whether separators part the file's documents: one may stand anywhere, so all of it is looked through, once."""
+        """Whether separators part the file's documents. One may stand anywhere: all of it is looked through, once."""
         if self.by_path:
             return False
         path = str(file.path)

@@ -14,10 +14,48 @@ from bigtrain.data.shards import META
 from bigtrain.files import printable, write_atomic
 
 # Beside these compressions there are others, which nothing here unpacks.
-PACKED = (
-    ".bz2 .xz .lzma .lz4 .br .sz .snappy .z .lz .lzo .zip .7z .rar .tar .tgz .tbz .tbz2 .txz .tzst .cab .jar .whl"
-).split()
-DOCUMENTS = (".pdf .doc .docx .odt .rtf .xls .xlsx .ods .ppt .pptx .epub .mobi .arrow .feather .orc .avro").split()
+PACKED = [
+    ".bz2",
+    ".xz",
+    ".lzma",
+    ".lz4",
+    ".br",
+    ".sz",
+    ".snappy",
+    ".z",
+    ".lz",
+    ".lzo",
+    ".zip",
+    ".7z",
+    ".rar",
+    ".tar",
+    ".tgz",
+    ".tbz",
+    ".tbz2",
+    ".txz",
+    ".tzst",
+    ".cab",
+    ".jar",
+    ".whl",
+]
+DOCUMENTS = [
+    ".pdf",
+    ".doc",
+    ".docx",
+    ".odt",
+    ".rtf",
+    ".xls",
+    ".xlsx",
+    ".ods",
+    ".ppt",
+    ".pptx",
+    ".epub",
+    ".mobi",
+    ".arrow",
+    ".feather",
+    ".orc",
+    ".avro",
+]
 PACKED_WHY, DOCUMENT_WHY = "packed, in a way that is not read", "of a format that is not read"
 HARMLESS = ("hidden", "empty")
 SHOWN = 5  # files named on the terminal
