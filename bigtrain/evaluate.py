@@ -22,6 +22,7 @@ from bigtrain.config import LABELLED_TASKS, Config, LabelledDataConfig, TextData
 from bigtrain.confusion import CONFUSION, EVALUATION, METRICS
 from bigtrain.data.encode_examples import record_kind
 from bigtrain.data.example_loader import Share
+from bigtrain.data.left_out import say_and_record
 from bigtrain.data.prepare import prepare_held_out
 from bigtrain.data.prepare_examples import say, write_examples
 from bigtrain.data.records import open_held_out
@@ -102,6 +103,7 @@ def _data(run: Path, config: Config, data: list[str], columns: dict[str, str | i
         used = replace(config, data=replace(described, prepared_dir=directory))
         tokenizer = find_tokenizer(str(run / "tokenizer"), "RUN")
         say(write_examples(Path(directory), used, tokenizer, labels, records))
+        say_and_record(records.left_out, Path(directory))
         yield used
 
 

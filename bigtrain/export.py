@@ -38,7 +38,7 @@ from bigtrain.data.encode_examples import translation_marks
 from bigtrain.data.encode_instructions import Chat, exported_template
 from bigtrain.data.tokenizer import begin_id, find_tokenizer, load_tokenizer, special_ids, vocabulary_size
 from bigtrain.errors import ConfigError
-from bigtrain.files import NAME_MAX, hidden_beside
+from bigtrain.files import NAME_MAX, as_utf8, hidden_beside
 from bigtrain.model_card import model_card
 from bigtrain.models.huggingface import to_huggingface
 from bigtrain.models.stored import StoredTensors
@@ -253,8 +253,7 @@ def _write(
         (staging / "chat_template.jinja").write_text(template, encoding="utf-8")
     elif (run / "tokenizer" / "chat_template.jinja").is_file():
         shutil.copyfile(run / "tokenizer" / "chat_template.jinja", staging / "chat_template.jinja")
-    card = model_card(run, name, config, checkpoint)
-    (staging / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+    (staging / "README.md").write_bytes(as_utf8(model_card(run, name, config, checkpoint)))
     return settings
 
 
@@ -385,5 +384,4 @@ def generation_config(config: Config, tokenizer: Any, tokens: dict[str, Any]) ->
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:
-    # What is no UTF-8 is written as JSON's own escape of it.
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8", errors="backslashreplace")
+    path.write_bytes(as_utf8(json.dumps(data, indent=2, ensure_ascii=False) + "\n"))

@@ -23,6 +23,16 @@ def hidden_beside(path: Path, ending: str = "tmp") -> Path:
     return path.with_name(f".{own.decode(errors='ignore')}{ending}")
 
 
+def as_utf8(text: str) -> bytes:
+    """`text` as bytes. A path's byte that is no UTF-8 is written as \\udcXX, from which JSON and YAML read it back."""
+    return text.encode("utf-8", errors="backslashreplace")
+
+
+def printable(text: object) -> str:
+    """As `as_utf8`, for a terminal or a page."""
+    return as_utf8(str(text)).decode()
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` so that a reader, a crash or a power cut finds the old file or the new one, never part of it.
 
@@ -30,8 +40,8 @@ def write_atomic(path: Path, text: str) -> None:
     """
     part = hidden_beside(path)
     try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(part, "wb") as file:
+            file.write(as_utf8(text))
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)

@@ -19,6 +19,7 @@ import yaml
 
 from bigtrain.confusion import CONFUSION, EVALUATION, METRICS
 from bigtrain.errors import BigtrainError, ConfigError
+from bigtrain.files import as_utf8
 from bigtrain.hooks.console import HEADLINES, count, duration
 from bigtrain.hooks.jsonl import read_metrics
 from bigtrain.pages import COLOURS, INK, LARGE, MUTED, SMALL, image, page, picture, table
@@ -60,7 +61,7 @@ def write_report(runs: list[Path], out: Path | None = None) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
         for name, png in pictures.items():
             (directory / f"{name}.png").write_bytes(png)
-        (directory / "index.html").write_text(page, encoding="utf-8")
+        (directory / "index.html").write_bytes(as_utf8(page))
     except OSError as error:
         raise BigtrainError(f"the report cannot be written: {error}") from None
     return directory / "index.html"

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from bigtrain.files import fsync
+from bigtrain.files import fsync, printable
 
 MANIFEST = "manifest.json"
 FORMAT = 2
@@ -69,7 +69,7 @@ def seal(directory: Path, facts: dict[str, Any], files: dict[str, File] | None =
     """
     files = describe(directory, below(directory)) if files is None else files
     ordered = {"format": FORMAT} | facts | {"files": dict(sorted(files.items())), "manifest_sha256": _UNSEALED}
-    text = json.dumps(ordered, indent=1, ensure_ascii=False) + "\n"
+    text = printable(json.dumps(ordered, indent=1, ensure_ascii=False) + "\n")
     seal = hashlib.sha256(text.encode()).hexdigest()
     (directory / MANIFEST).write_text(_SEAL.sub(f'"manifest_sha256": "{seal}"\n}}\n', text), encoding="utf-8")
     for path in {directory / MANIFEST, *((directory / name).parent for name in files), directory}:

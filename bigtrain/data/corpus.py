@@ -34,14 +34,18 @@ from bigtrain.data import hub
 from bigtrain.data.formats import (
     SEPARATOR,
     SourceFile,
+    has_separator,
     kind_of,
     reading,
-    rows,
     split_on_separator,
     stamp,
     text_blocks,
 )
+from bigtrain.data.left_out import LeftOut, why_left_out
+from bigtrain.data.text_rows import texts
 from bigtrain.errors import ConfigError
+from bigtrain.files import as_utf8
+from bigtrain.hardware import cores
 
 PIECE_CHARS = 1 << 20  # no piece is longer: what a worker encodes at once stays bounded
 CUT_PIECE_CHARS = (1 << 10, 64 << 10)  # least and most in a piece of a file that is cut for the split
@@ -69,8 +73,10 @@ class Corpus:
     text_field: str = "text"
     by_path: bool = False  # split by file name (the standard library)
     hub_config: str | None = None
-    skipped: int = 0  # binary files that a directory held
+    left_out: LeftOut = field(default_factory=LeftOut)  # files of a directory that are not read
     position: int = 0
+    blank_rows: int = 0  # that the last reading of the whole found without text
+    _separated: dict[str, bool] = field(default_factory=dict, repr=False)  # by file: has it separator lines?
 
     @property
     def size(self) -> int:
@@ -86,12 +92,12 @@ class Corpus:
             "text_field": self.text_field,
             "by_path": self.by_path,
             "hub_config": self.hub_config,
-            "pieces": (PIECE_CHARS, CUT_PIECE_CHARS, CUT_PIECES, SEPARATOR),
+            "pieces": (PIECE_CHARS, CUT_PIECE_CHARS, CUT_PIECES, SEPARATOR.pattern),
         }
 
     def pieces(self) -> Iterator[Piece]:
         """The whole corpus in order. Raises ConfigError at the first file that cannot be used."""
-        self.position = 0
+        self.position = self.blank_rows = 0
         for files, fixed in ((self.files, False if self.held_out_files else None), (self.held_out_files, True)):
             for file in files:
                 before = self.position
@@ -102,7 +108,7 @@ class Corpus:
         """About n_bytes of training text from all over the corpus: files in hashed order, a share of each."""
         share = max(n_bytes // max(len(self.files), 1), 1 << 20)
         left = n_bytes
-        for file in sorted(self.files, key=lambda file: digest_of(file.name.encode())):
+        for file in sorted(self.files, key=lambda file: digest_of(as_utf8(file.name))):
             quota = min(share, left)
             for piece in self.file_pieces(file, False if self.held_out_files else None):
                 if quota <= 0:
@@ -117,8 +123,9 @@ class Corpus:
     def file_pieces(self, file: SourceFile, fixed: bool | None) -> Iterator[Piece]:
         """One file's pieces; `fixed` says which split it belongs to where that is settled."""
         if file.stamp == hub.STAMP:
-            for text in hub.dataset_rows(file, self.hub_config, self.text_field):
-                yield from self._row(file, text, fixed)
+            for row in hub.dataset_rows(file, self.hub_config, self.text_field):
+                self.blank_rows += not row or row.isspace()
+                yield from self._row(file, row or "", fixed)
             return
         start = self.position
         with reading(file) as raw:
@@ -128,21 +135,31 @@ class Corpus:
 
     def _read(self, file: SourceFile, raw: Any, fixed: bool | None) -> Iterator[Piece]:
         if kind_of(file.path.name)[0] != "text":
-            for text in rows(file, raw, self.text_field):
-                yield from self._row(file, text, fixed)
+            for row in texts(file, raw, self.text_field):
+                self.blank_rows += not row or row.isspace()
+                yield from self._row(file, row or "", fixed)
             return
+        separated = self._is_separated(file, raw)
         blocks = text_blocks(file, raw)
-        first = next(blocks, "")
-        blocks = chain([first], blocks)
-        if SEPARATOR in first and not self.by_path:
+        if separated:
             for text in split_on_separator(file, blocks):
                 yield from self._row(file, text, fixed)
         elif fixed is None and not self.by_path and file.size > self.held_out * self.size / CUT_PIECES:
             yield from self._cut(blocks, file.size)
         else:
             key = file.name if self.by_path else file.digest
-            held_out = self._falls_out(key.encode()) if fixed is None else fixed
+            held_out = self._falls_out(as_utf8(key)) if fixed is None else fixed
             yield from _document(cut(blocks, PIECE_CHARS), held_out)
+
+    def _is_separated(self, file: SourceFile, raw: Any) -> bool:
+        """Whether separators part the file's documents. One may stand anywhere: all of it is looked through, once."""
+        if self.by_path:
+            return False
+        path = str(file.path)
+        if path not in self._separated:
+            self._separated[path] = has_separator(text_blocks(file, raw))
+            raw.seek(0)
+        return self._separated[path]
 
     def _row(self, file: SourceFile, text: str, fixed: bool | None) -> Iterator[Piece]:
         if not text or text.isspace():
@@ -214,16 +231,15 @@ def open_corpus(data: DataConfig, cache: Path) -> Corpus:
         return Corpus(hashed(_stdlib_files(), cache), data.held_out, by_path=True)
     if isinstance(data, LabelledDataConfig):
         raise ConfigError("data.kind", data.kind, "holds labelled examples, running text is wanted", "data=text")
-    files, skipped = find(data, "data.path", data.path or [])
-    held_out_files, skipped_too = find(data, "data.held_out_path", data.held_out_path or [])
+    files, left_out = find(data, "data.path", data.path or [])
+    held_out_files, left_out_too = find(data, "data.held_out_path", data.held_out_path or [])
     held_out_paths = {file.path.resolve() for file in held_out_files}
     files = [file for file in files if file.path.resolve() not in held_out_paths]
     if not files:
-        also = f" ({skipped} binary files were left out)" if skipped else ""
-        raise ConfigError("data.path", shown(data.path), f"holds no text file{also}")
+        raise ConfigError("data.path", shown(data.path), f"holds no text file{left_out.also()}")
     return Corpus(
         hashed(files, cache), data.held_out, hashed(held_out_files, cache), data.text_field,
-        hub_config=data.name, skipped=skipped + skipped_too,
+        hub_config=data.name, left_out=left_out + left_out_too,
     )  # fmt: skip
 
 
@@ -246,42 +262,50 @@ def _source(path: Path, name: str, key: str) -> SourceFile:
     return SourceFile(path, name, key, size, times)
 
 
-def find(data: TextDataConfig | LabelledDataConfig, key: str, paths: str | list[str]) -> tuple[list[SourceFile], int]:
-    """The files that paths, directories and globs name, in order, each once; how many binary ones were left out."""
+def find(
+    data: TextDataConfig | LabelledDataConfig, key: str, paths: str | list[str]
+) -> tuple[list[SourceFile], LeftOut]:
+    """The files that paths, directories and globs name, in order, each once; and those of directories that are not
+    read. A file that is named outright always is, or refused."""
     found: dict[str, SourceFile] = {}
-    skipped = 0
+    left_out = LeftOut()
     for given in [paths] if isinstance(paths, str) else paths:
-        path = Path(given).expanduser()
+        path = Path(os.path.expanduser(given))
         try:
-            files = _files(path, key)
+            files = _files(path, key, left_out)
         except OSError as error:
             raise ConfigError(key, error.filename or given, f"cannot be read ({error.strerror or error})") from None
         files = files or ([] if path.exists() else [hub.dataset_source(given, key, data.name)])
         for file in files:
-            if file.path != path and file.stamp != hub.STAMP and _is_binary(file):
-                skipped += 1
+            why = why_left_out(file) if file.path != path and file.stamp != hub.STAMP else None
+            if why:
+                left_out.add(str(file.path), why)
             else:
                 found.setdefault(os.path.realpath(file.path), file)
-    return list(found.values()), skipped
+    return list(found.values()), left_out
 
 
-def _files(path: Path, key: str) -> list[SourceFile]:
+def _files(path: Path, key: str, left_out: LeftOut) -> list[SourceFile]:
     """The files of one path; none if there is no such path, or nothing in it. Raises OSError."""
     try:
         is_directory = stat.S_ISDIR(path.stat().st_mode)
     except (FileNotFoundError, NotADirectoryError):
-        matches = [match for match in glob.glob(str(path), recursive=True) if os.path.isfile(match)]
+        everything = glob.glob(str(path), recursive=True)
+        matches = [match for match in everything if os.path.isfile(match)]
+        for match in everything if matches and "**" not in str(path) else ():
+            if os.path.isdir(match):
+                left_out.add(match, "a directory, into which ** goes")
         # "**" goes round in a loop of links: of the many names of one file the shortest is kept
         shortest = {os.path.realpath(match): match for match in sorted(matches, key=len, reverse=True)}
         root = os.path.commonpath([os.path.dirname(match) for match in matches]) if matches else ""
         names = {match: Path(os.path.relpath(match, root)).as_posix() for match in sorted(shortest.values())}
         return [_source(Path(match), name, key) for match, name in names.items()]
     if is_directory:
-        return [_source(file, file.relative_to(path).as_posix(), key) for file in _walk(path)]
+        return [_source(file, file.relative_to(path).as_posix(), key) for file in _walk(path, left_out)]
     return [_source(path, path.name, key)]
 
 
-def _walk(root: Path) -> Iterator[Path]:
+def _walk(root: Path, left_out: LeftOut) -> Iterator[Path]:
     """Every regular file below `root` in a fixed order, hidden ones left out; links followed, once. Raises OSError."""
 
     def fail(error: OSError) -> None:  # os.walk would pass over a directory that it cannot read
@@ -294,19 +318,15 @@ def _walk(root: Path) -> Iterator[Path]:
             subdirectories.clear()
             continue
         seen.add(real)
+        for name in sorted(name for name in (*subdirectories, *names) if name.startswith(".")):
+            left_out.add(os.path.join(directory, name), "hidden")
         subdirectories[:] = sorted(name for name in subdirectories if not name.startswith("."))
-        yield from (
-            path for name in sorted(names) if not name.startswith(".") and (path := Path(directory, name)).is_file()
-        )
-
-
-def _is_binary(file: SourceFile) -> bool:
-    """A NUL among the first 8 KiB, as git and grep tell; compressed files and parquet are binary by design."""
-    kind, compression = kind_of(file.path.name)
-    if kind == "parquet" or compression:
-        return False
-    with reading(file) as raw:
-        return b"\0" in raw.read(8192)
+        for name in sorted(name for name in names if not name.startswith(".")):
+            path = Path(directory, name)
+            if path.is_file():
+                yield path
+            else:
+                left_out.add(str(path), "a link to nothing" if path.is_symlink() else "no regular file")
 
 
 def shown(paths: str | list[str] | None) -> object:
@@ -344,7 +364,7 @@ def hashed(files: list[SourceFile], cache: Path) -> list[SourceFile]:
             fresh[path] = [*state, sha.hexdigest()]
         return replace(file, digest=sha.hexdigest())
 
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+    with ThreadPoolExecutor(min(cores(), 8)) as pool:
         hashed = list(pool.map(digest, files))
     if fresh:
         temporary = record.with_suffix(f".{os.getpid()}")

@@ -46,6 +46,7 @@ class PreparedExamples:
     single: dict[str, str]
     cut: int
     notes: list[str] = field(default_factory=list)  # what was lost or left out, and what a user should know
+    left_out: dict[str, Any] = field(default_factory=dict)  # files that were not read: bigtrain.data.left_out
 
     @property
     def tokenizer_file(self) -> Path:

@@ -1,4 +1,4 @@
-"""One source file -> its text: plain text in blocks, row formats as one document per row, decompressed as they stream.
+"""One source file -> its bytes decompressed as they stream, its text in blocks or lines, its rows of JSON or parquet.
 
 Every reader holds a block or a row at a time, never a file. The exception is a `.json` file that is one array:
 it is parsed whole, up to ROW_LIMIT bytes.
@@ -7,14 +7,15 @@ it is parsed whole, up to ROW_LIMIT bytes.
 from __future__ import annotations
 
 import codecs
-import csv
 import gzip
 import io
 import json
+import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -22,7 +23,12 @@ from bigtrain.errors import BigtrainError, ConfigError
 
 BLOCK_BYTES = 1 << 20
 ROW_LIMIT = 256 << 20  # bytes in one line of jsonl or csv: beyond it memory would grow with the corpus
-SEPARATOR = "\n<|endoftext|>\n"  # a line that parts the documents of one plain text file, as GPT-2's corpora have it
+CHUNK_BYTES = 8 << 10  # of a .zst at once: a hostile one becomes 16,000 times as much
+MARK = "<|endoftext|>"  # alone on a line it parts the documents of one plain text file, as GPT-2's corpora have it
+_END = r"(?:\r\n|[\n\r\x0b\x0c\x85\u2028\u2029])"  # of a line, in every spelling
+_BLANKS = r"[ \t\xa0\ufeff]{0,64}"
+SEPARATOR = re.compile(f"{_END}{_BLANKS}{re.escape(MARK)}{_BLANKS}(?={_END})")
+_OVERLAP = 160  # characters: more than a separator has
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 ROW_FORMATS = {
     ".jsonl": "jsonl",
@@ -76,48 +82,11 @@ def reading(file: SourceFile) -> Iterator[BinaryIO]:
         raise
     except FileNotFoundError:
         raise file.error("no such file") from None
-    except (OSError, EOFError, zlib.error, csv.Error) as error:
+    except EOFError as error:
+        raise file.error(f"cannot be read ({error})", "it is cut off: fetch it again") from None
+    except (OSError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise file.error(f"cannot be read ({reason})") from None
-
-
-def rows(file: SourceFile, raw: BinaryIO, text_field: str) -> Iterator[str]:
-    """The documents of a row format: the text column of each row, rows without text left out."""
-    kind, _ = kind_of(file.path.name)
-
-    def wanted(names: list[str]) -> list[str]:
-        if text_field not in names:
-            column(dict.fromkeys(names), text_field, str(file.path), 1)
-        return [text_field]
-
-    readers: dict[str, Callable[[], Iterator[Any]]] = {
-        "jsonl": lambda: (row for _, row in jsonl(file, decompressed(file, raw))),
-        "json": lambda: (row for _, row in json_rows(file, decompressed(file, raw))),
-        "csv": lambda: _csv(file, decompressed(file, raw), ","),
-        "tsv": lambda: _csv(file, decompressed(file, raw), "\t"),
-        "parquet": lambda: parquet_rows(file, raw, wanted),
-    }
-    for number, row in enumerate(readers[kind](), start=1):
-        text = column(row, text_field, str(file.path), number)
-        if text:
-            yield text
-
-
-def column(row: Any, text_field: str, where: str, number: int) -> str | None:
-    """The text of one row, None where it is null. Raises ConfigError if the column is missing or holds no text."""
-    if not isinstance(row, dict):
-        raise ConfigError("data.path", where, f"row {number} is {type(row).__name__}, not an object with named columns")
-    if text_field not in row:
-        columns = ", ".join(str(name) for name in row if name is not None)
-        raise ConfigError(
-            "data.text_field", text_field, f"no such column in {where} (row {number})", f"there are: {columns}"
-        )
-    text = row[text_field]
-    if text is not None and not isinstance(text, str):
-        raise ConfigError(
-            "data.text_field", text_field, f"row {number} of {where} holds {type(text).__name__}, text is wanted"
-        )
-    return text
 
 
 def text_blocks(file: SourceFile, raw: BinaryIO) -> Iterator[str]:
@@ -127,11 +96,13 @@ def text_blocks(file: SourceFile, raw: BinaryIO) -> Iterator[str]:
     offset = 0
     while True:
         block = stream.read(BLOCK_BYTES)
+        if offset == 0 and utf_16(block):
+            raise not_utf8(file, 0, block)
         pending = len(decoder.getstate()[0])
         try:
             text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            raise not_utf8(file, offset - pending + error.start) from None
+            raise not_utf8(file, offset - pending + error.start, block if offset == 0 else b"") from None
         if offset == 0:
             text = text.removeprefix("\ufeff")  # a byte order mark is no text
         offset += len(block)
@@ -141,25 +112,70 @@ def text_blocks(file: SourceFile, raw: BinaryIO) -> Iterator[str]:
             return
 
 
-def split_on_separator(file: SourceFile, blocks: Iterator[str]) -> Iterator[str]:
-    """The documents between SEPARATOR lines."""
-    buffer = ""
-    for block in blocks:
-        *documents, buffer = (buffer + block).split(SEPARATOR)
-        yield from documents
-        if len(buffer) > ROW_LIMIT:
-            raise file.error(f"a document between two separators is over {ROW_LIMIT >> 20} MiB")
-    yield buffer.removesuffix(SEPARATOR[:-1])
+def has_separator(blocks: Iterable[str]) -> bool:
+    """Whether a line of the text is a separator, wherever it stands."""
+    tail = "\n"
+    for block in chain(blocks, ["\n"]):
+        window = tail + block
+        if MARK in window and SEPARATOR.search(window):
+            return True
+        tail = window[-_OVERLAP:]
+    return False
 
 
-def not_utf8(file: SourceFile, offset: int) -> ConfigError:
+def split_on_separator(file: SourceFile, blocks: Iterable[str]) -> Iterator[str]:
+    """The documents between separator lines, without the line ends next to those.
+
+    Raises ConfigError for a document over ROW_LIMIT characters.
+    """
+    parts, size, tail = ["\n"], 1, "\n"  # every document begins with the end of the line before
+    for block in chain(blocks, ["\n"]):
+        parts.append(block)
+        size += len(block)
+        tail += block
+        if MARK in tail:
+            *documents, rest = SEPARATOR.split("".join(parts))
+            yield from map(_without_first_end, documents)
+            parts, size, tail = [rest], len(rest), rest
+        tail = tail[-_OVERLAP:]
+        if size > ROW_LIMIT:
+            raise file.error(f"a document between two separators is over {ROW_LIMIT >> 20} MiB", "split it")
+    yield _without_first_end("".join(parts)).removesuffix("\n")
+
+
+def _without_first_end(document: str) -> str:
+    return document[2:] if document.startswith("\r\n") else document[1:]
+
+
+def not_utf8(file: SourceFile, offset: int, head: bytes = b"") -> ConfigError:
+    """`head`: what the file begins with, where that is at hand."""
     unpacked = " of the decompressed text" if kind_of(file.path.name)[1] else ""
+    encoding = utf_16(head)
+    if encoding:
+        return file.error(f"not UTF-8 but {encoding}", f"convert it (iconv -f {encoding} -t UTF-8) or leave it out")
     return file.error(f"not UTF-8 at byte {offset}{unpacked}", "convert it (iconv -t UTF-8) or leave it out")
+
+
+def utf_16(head: bytes) -> str | None:
+    """ "UTF-16" or "UTF-32" if a file that begins so is text in it: by its byte order mark, or by the zeros between
+    letters. None for anything else."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16"
+    head = head[:8192]
+    zeros = [head[start::2].count(0) / max(len(head[start::2]), 1) for start in (0, 1)]
+    for rare, often, encoding in ((zeros[0], zeros[1], "UTF-16LE"), (zeros[1], zeros[0], "UTF-16BE")):
+        if len(head) >= 8 and often > 0.7 and rare < 0.05:
+            return encoding
+    return None
 
 
 def decompressed(file: SourceFile, raw: BinaryIO) -> BinaryIO:
     """The bytes behind a .gz or .zst, as they stream; others as they are."""
     _, compression = kind_of(file.path.name)
+    if compression and not file.size:
+        raise file.error("is empty, not even a packed file", "fetch it again")
     if compression == "gzip":
         return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, gzip.GzipFile(fileobj=raw)), BLOCK_BYTES))
     if compression == "zstd":
@@ -168,7 +184,8 @@ def decompressed(file: SourceFile, raw: BinaryIO) -> BinaryIO:
 
 
 class _ZstdReader(io.RawIOBase):
-    """A .zst stream whose damage reads as OSError, as gzip's does (zstandard has an exception of its own)."""
+    """The frames of a .zst, one after another. Damage reads as OSError, a frame without its end as EOFError, as gzip's
+    do (zstandard has an exception of its own, and its stream_reader takes half a frame for a whole one)."""
 
     def __init__(self, file: SourceFile, raw: BinaryIO) -> None:
         try:
@@ -176,29 +193,55 @@ class _ZstdReader(io.RawIOBase):
         except ImportError:
             raise file.error("reading .zst needs zstandard", "pip install 'bigtrain[data]'") from None
         self._error: type[Exception] = zstandard.ZstdError
-        self._stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._raw, self._frame, self._rest, self._ready = raw, None, b"", memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any) -> int:
+        while not self._ready and (chunk := self._rest or self._raw.read(CHUNK_BYTES)):
+            self._ready = memoryview(self._decompressed(chunk))
+        if not self._ready and self._frame is not None:
+            raise EOFError("the file ends within a zstd frame")
+        count = min(len(buffer), len(self._ready))
+        buffer[:count] = self._ready[:count]
+        self._ready = self._ready[count:]
+        return count
+
+    def _decompressed(self, chunk: bytes) -> bytes:
+        if self._frame is None:
+            self._frame = self._decompressor.decompressobj()
         try:
-            return self._stream.readinto(buffer)
+            found: bytes = self._frame.decompress(chunk)
         except self._error as error:
             raise OSError(str(error)) from None
+        self._rest = b""
+        if self._frame.eof:
+            self._rest, self._frame = self._frame.unused_data, None
+        return found
 
 
 def lines(file: SourceFile, stream: BinaryIO) -> Iterator[str]:
-    """Lines with their ends. Raises ConfigError where one is not UTF-8 or is over ROW_LIMIT bytes."""
+    """Lines with their ends: \\n or \\r\\n, or \\r where a file has no other (as old spreadsheets wrote them).
+
+    Raises ConfigError where one is not UTF-8 or is over ROW_LIMIT bytes.
+    """
     offset = 0
     while line := stream.readline(ROW_LIMIT):
+        if offset == 0 and utf_16(line):
+            raise not_utf8(file, 0, line)
         if len(line) == ROW_LIMIT:
             raise file.error(f"a line at byte {offset} is over {ROW_LIMIT >> 20} MiB", "split the document")
         try:
             text = line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise not_utf8(file, offset + error.start) from None
-        yield text if offset else text.removeprefix("\ufeff")
+            raise not_utf8(file, offset + error.start, line) from None
+        if offset:
+            yield text
+        else:
+            text = text.removeprefix("\ufeff")
+            yield from [text] if text.endswith("\n") else io.StringIO(text, newline="")
         offset += len(line)
 
 
@@ -209,29 +252,57 @@ def jsonl(file: SourceFile, stream: BinaryIO) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise file.error(f"line {number} is not JSON ({error})") from None
+                array = "an array of rows is a .json file" if number == 1 and line.lstrip().startswith("[") else ""
+                raise file.error(f"line {number} is not JSON ({error})", array) from None
 
 
 def json_rows(file: SourceFile, stream: BinaryIO) -> Iterator[tuple[int, Any]]:
-    """(number, row): a .json file is one array of rows, or has one row per line as a .jsonl (C4's files are so)."""
+    """(number, row): a .json file is one array of rows, or has one row per line as a .jsonl (C4's files are so).
+
+    Raises ConfigError for one object that has its rows under a key.
+    """
     buffered = stream if isinstance(stream, io.BufferedReader) else io.BufferedReader(cast(io.RawIOBase, stream))
-    if not buffered.peek(4096).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-        yield from jsonl(file, cast(BinaryIO, buffered))
+    head = buffered.peek(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if head.startswith(b"[") or re.match(rb"\{\s*[\r\n]", head):
+        yield from _whole_json(file, buffered)
         return
-    data = buffered.read(ROW_LIMIT + 1)
+    rows = jsonl(file, cast(BinaryIO, buffered))
+    first = list(islice(rows, 2))
+    if len(first) == 1:
+        _check_rows(file, first[0][1])
+    yield from chain(first, rows)
+
+
+def _whole_json(file: SourceFile, stream: io.BufferedReader) -> Iterator[tuple[int, Any]]:
+    data = stream.read(ROW_LIMIT + 1)
     if len(data) > ROW_LIMIT:
         raise file.error(f"one JSON array over {ROW_LIMIT >> 20} MiB", "save it as .jsonl, one row per line")
     try:
-        yield from enumerate(json.loads(data.decode("utf-8-sig")), start=1)
+        found = json.loads(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise not_utf8(file, error.start) from None
+        raise not_utf8(file, error.start, data) from None
     except (ValueError, RecursionError) as error:
-        raise file.error(f"not JSON ({error})") from None
+        raise file.error(f"not JSON ({error})", "wanted: an array of rows, or one row per line") from None
+    _check_rows(file, found)
+    yield from enumerate(found if isinstance(found, list) else [found], start=1)
 
 
-def _csv(file: SourceFile, stream: BinaryIO, delimiter: str) -> Iterator[dict[str, str]]:
-    csv.field_size_limit(ROW_LIMIT)
-    yield from csv.DictReader(lines(file, stream), delimiter=delimiter)
+def _check_rows(file: SourceFile, found: Any) -> None:
+    """Raises ConfigError where the one value of a file holds the rows, and is not one of them."""
+    if not isinstance(found, dict):
+        return
+    for key, value in found.items():
+        rows = isinstance(value, list) and len(value) > 1 and all(isinstance(row, dict) for row in value)
+        if rows and not {"role", "from"} & value[0].keys():  # those are messages of one conversation
+            raise file.error(
+                f"one object, whose rows lie under {key!r}; an array of rows is wanted",
+                f"save that alone (jq .{key} FILE)",
+            )
+    columns = list(found.values())
+    if len(columns) > 1 and all(isinstance(value, dict) and value.keys() == columns[0].keys() for value in columns):
+        raise file.error(
+            "one object of columns; an array of rows is wanted", "save it so (of pandas: to_json(orient='records'))"
+        )
 
 
 def parquet_rows(file: SourceFile, raw: BinaryIO, wanted: Callable[[list[str]], list[str]]) -> Iterator[dict[str, Any]]:

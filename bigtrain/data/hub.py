@@ -11,7 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from bigtrain.data.formats import SourceFile, column, kind_of
+from bigtrain.data.formats import SourceFile, kind_of
+from bigtrain.data.text_rows import column
 from bigtrain.errors import BigtrainError, ConfigError
 
 STAMP = (-1, -1)  # marks a SourceFile that is a dataset of the hub, not a file
@@ -36,17 +37,15 @@ def dataset_source(name: str, key: str, config_name: str | None) -> SourceFile:
     return SourceFile(Path(name), f"{name}:{config_name}", key, 0, STAMP, _revision("dataset", name, key))
 
 
-def dataset_rows(file: SourceFile, config_name: str | None, text_field: str) -> Iterator[str]:
-    """The texts of the dataset's train split, streamed."""
+def dataset_rows(file: SourceFile, config_name: str | None, text_field: str) -> Iterator[str | None]:
+    """The text of each row of the dataset's train split, streamed; None where it has none."""
     import datasets
 
     name = str(file.path)
     try:
         stream = datasets.load_dataset(name, config_name, split="train", streaming=True, revision=file.digest or None)
         for number, row in enumerate(stream, start=1):
-            text = column(row, text_field, name, number)
-            if text:
-                yield text
+            yield column(row, text_field, name, number)
     except BigtrainError:
         raise
     except Exception as error:  # whatever a loader or the network raises: the user needs its first line

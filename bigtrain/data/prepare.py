@@ -27,6 +27,7 @@ from bigtrain.config import CausalLMConfig, Config, DataConfig, EncoderConfig, T
 from bigtrain.data.control import control_tokens
 from bigtrain.data.corpus import Corpus, Piece, find, hashed, open_corpus, shown
 from bigtrain.data.encode import Encoded, EncoderPool, WorkerDied
+from bigtrain.data.left_out import say_and_record
 from bigtrain.data.locks import locked, writing
 from bigtrain.data.shards import FORMAT, META, SPLITS, Prepared, load_prepared, shard_path, token_dtype
 from bigtrain.data.tokenizer import (
@@ -40,6 +41,7 @@ from bigtrain.data.tokenizer import (
 )
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.files import fsync, write_atomic
+from bigtrain.hardware import cores
 
 BATCH_BYTES = 1 << 20  # text that a worker encodes at a time
 BATCH_PIECES = 4096
@@ -70,6 +72,7 @@ def prepare(config: Config, progress: bool = False) -> Prepared:
             with locked(cache / f"{fingerprint}.lock", progress):
                 if not directory.exists():
                     _build(directory, corpus, data, (loaded, eos_id), for_encoder, begin, progress)
+    say_and_record(corpus.left_out, directory)
     prepared = load_prepared(directory)
     check_vocabulary(config, prepared.vocab_size)
     _check_length(config, prepared)
@@ -85,14 +88,15 @@ def prepare_held_out(config: Config, directory: Path, key: str) -> Prepared:
     data = config.data
     assert isinstance(data, TextDataConfig)
     assert data.tokenizer.path is not None
-    files, skipped = find(data, key, data.path or [])
+    files, left_out = find(data, key, data.path or [])
     if not files:
-        raise ConfigError(key, shown(data.path), "holds no text file")
-    corpus = Corpus([], 0.0, hashed(files, directory), data.text_field, hub_config=data.name, skipped=skipped)
+        raise ConfigError(key, shown(data.path), f"holds no text file{left_out.also()}")
+    corpus = Corpus([], 0.0, hashed(files, directory), data.text_field, hub_config=data.name, left_out=left_out)
     for_encoder = isinstance(config.model, EncoderConfig)
     tokenizer, eos_id = load_tokenizer(data.tokenizer.path, "RUN")
     begin = _begin(config, tokenizer, eos_id)
     _build(directory / "text", corpus, data, (tokenizer, eos_id), for_encoder, begin, progress=False)
+    say_and_record(corpus.left_out, directory / "text")
     prepared = load_prepared(directory / "text")
     tokens, length = prepared.tokens["held_out"], config.model.max_seq_len
     if tokens < length + 1:
@@ -141,7 +145,7 @@ def _build(
         # A function of the corpus alone, so that a resumed build cuts where the first one did.
         shard_bytes = max(SHARD_BYTES, corpus.size // MOST_SHARDS)
         writers = {split: _ShardWriter(partial, split, token_dtype(vocab_size).itemsize) for split in SPLITS}
-        workers = data.workers or _cores()
+        workers = data.workers or cores()
         with ExitStack() as stack:
             inline = 0 < corpus.size <= INLINE_BYTES
             file, control = partial / "tokenizer.json", tuple(control_tokens(tokenizer))
@@ -176,7 +180,10 @@ def _build(
         **{key: {split: sum(r[key] for r in records[split]) for split in SPLITS} for key in _COUNTS},
         "gzip_bits_per_byte": 8 * gzip_bytes / held_out_bytes if held_out_bytes else None,
         "shards": {split: [r["tokens"] for r in records[split]] for split in SPLITS},
+        "blank_rows": corpus.blank_rows,
     }
+    if corpus.blank_rows:
+        print(f"left out of the data: {corpus.blank_rows} rows without text in their column", flush=True)
     if not any(meta["documents"].values()):
         raise ConfigError(*_blame(data), "holds no text")
     write_atomic(partial / META, json.dumps(meta, indent=2) + "\n")
@@ -350,10 +357,6 @@ def _check_length(config: Config, prepared: Prepared) -> None:
 def _blame(data: DataConfig) -> tuple[str, object]:
     path = getattr(data, "path", None)
     return ("data.path", path) if path else ("data.kind", data.kind)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

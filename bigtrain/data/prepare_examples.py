@@ -11,6 +11,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from bigtrain.config import (
 from bigtrain.data.encode_examples import ExampleEncoder, example_encoder, record_kind, translation_marks
 from bigtrain.data.encode_instructions import chat_template
 from bigtrain.data.examples import ENCODING, FORMAT, RECORDS, Example, ExampleWriter, PreparedExamples, load_examples
+from bigtrain.data.left_out import say_and_record
 from bigtrain.data.locks import locked, writing
 from bigtrain.data.records import Record, Records, listed, open_records
 from bigtrain.data.shards import META, SPLITS
@@ -48,6 +50,12 @@ from bigtrain.files import fsync, write_atomic
 
 ENCODED_TOGETHER = 1000  # records
 MOST_SEEN = 100_000  # different labels: beyond it none is missed
+# Fields of a task that no encoder reads: they are about the loss, batches or evaluation. Every other field is part of
+# the cache's fingerprint, so that one that is added cannot reuse what was encoded without it.
+NOT_ENCODED = frozenset({
+    "label_smoothing", "dropout", "token_dropout", "token_swap", "token_deletion", "adversarial", "adversarial_epsilon",
+    "adversarial_steps", "max_new_tokens", "num_beams", "max_answer_length", "no_answer_threshold",
+})  # fmt: skip
 
 
 def prepare_examples(config: Config) -> PreparedExamples:
@@ -75,6 +83,7 @@ def prepare_examples(config: Config) -> PreparedExamples:
             with locked(cache / f"{fingerprint}.lock", config.logger.progress):
                 if not directory.exists():
                     _build(directory, config, records, loaded, marks)
+    say_and_record(records.left_out, directory)
     prepared = load_examples(directory)
     say(prepared.notes)
     check_vocabulary(config, prepared.vocab_size)
@@ -111,7 +120,7 @@ def _needed(config: Config) -> tuple[str, ...]:
 
 
 def _fingerprint(config: Config, records: Records, tokenizer: dict[str, Any]) -> str:
-    task = {key: getattr(config.task, key, None) for key in ("kind", "regression", "max_length", "stride", "template")}
+    task = {key: value for key, value in asdict(config.task).items() if key not in NOT_ENCODED}
     parts = {
         "examples_format": FORMAT,
         "encoding": ENCODING,
@@ -160,7 +169,7 @@ def write_examples(directory: Path, config: Config, tokenizer: Any, labels: list
     train, held_out = (ExampleWriter(directory, split) for split in SPLITS)
     seen = _Seen(config)
     numbers = [0, 0]  # of the next record in training, and held out
-    with train, held_out, open(directory / RECORDS, "w", encoding="utf-8") as kept:
+    with train, held_out, open(directory / RECORDS, "w", encoding="utf-8", errors="backslashreplace") as kept:
         for batch in _together(records):
             encoded = _encoded(encoder, [record for record, _ in batch], label_ids, records, sum(numbers))
             for (record, out), examples in zip(batch, encoded, strict=True):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -23,8 +24,10 @@ from bigtrain.data import conll, hub, squad
 from bigtrain.data.corpus import digest_of, find, hashed, shown
 from bigtrain.data.fields import FIELDS, GAP, Field, known_names, record, resolve, same_label
 from bigtrain.data.formats import SourceFile, decompressed, kind_of, lines, reading
+from bigtrain.data.left_out import LeftOut
 from bigtrain.data.tables import Row, hub_table, is_number, open_table
 from bigtrain.errors import NO_VALUE, ConfigError
+from bigtrain.files import printable
 
 __all__ = ["FIELDS", "Field", "Records", "open_held_out", "open_records"]
 
@@ -50,6 +53,7 @@ class Records:
     blame: tuple[str, object]  # the key, and its value, to name where there is nothing
     source: Callable[[], Iterable[tuple[Record, bool]]]
     parts: dict[str, Any] = field(repr=False)
+    left_out: LeftOut = field(default_factory=LeftOut)  # files of a directory that are not read
     places: Callable[[], Iterable[str]] | None = None  # where each record stands, in the same order
 
     def place(self, number: int) -> str:
@@ -87,18 +91,21 @@ def open_records(data: LabelledDataConfig | StdlibDataConfig, task: str, cache: 
         from bigtrain.data import stdlib_records
 
         return stdlib_records.open_stdlib(data, task, cache)
-    files = _files(data, "data.path", data.path, task)
-    held_out_files = _files(data, "data.held_out_path", data.held_out_path, task)
+    files, left_out = _files(data, "data.path", data.path, task)
+    held_out_files, left_out_too = _files(data, "data.held_out_path", data.held_out_path, task)
     held_out_paths = {file.path.resolve() for file in held_out_files if file.stamp != hub.STAMP}
     files = [file for file in files if file.path.resolve() not in held_out_paths]
     if not files:
         raise ConfigError(
-            "data.path", shown(data.path), "holds no file of labelled records", f"wanted: {_wanted(task)}"
+            "data.path",
+            shown(data.path),
+            f"holds no file of labelled records{left_out.also()}",
+            f"wanted: {_wanted(task)}",
         )
     readers = _FileReader(data, task, hashed(files, cache), hashed(held_out_files, cache))
-    return Records(
-        task, data.held_out, ("data.path", shown(data.path)), readers.records, readers.parts(), readers.places
-    )
+    blame = ("data.path", shown(data.path))
+    left_out += left_out_too
+    return Records(task, data.held_out, blame, readers.records, readers.parts(), left_out, readers.places)
 
 
 def open_held_out(data: LabelledDataConfig, task: str, labels: list[str], cache: Path, key: str) -> Records:
@@ -107,27 +114,32 @@ def open_held_out(data: LabelledDataConfig, task: str, labels: list[str], cache:
 
     Raises ConfigError as `open_records`; and while it goes, where `labels` are given, for a label that is none of them.
     """
-    files = _files(data, key, data.path, task)
+    files, left_out = _files(data, key, data.path, task)
     if not files:
         raise ConfigError(key, shown(data.path), "holds no file of labelled records", f"wanted: {_wanted(task)}")
     readers = _FileReader(data, task, [], hashed(files, cache), labels)
-    return Records(task, 1.0, (key, shown(data.path)), readers.records, readers.parts(), readers.places)
+    return Records(task, 1.0, (key, shown(data.path)), readers.records, readers.parts(), left_out, readers.places)
 
 
-def _files(data: LabelledDataConfig, key: str, paths: str | list[str] | None, task: str) -> list[SourceFile]:
-    """The files that are read: those of a known format in a directory; one named outright has to be of one."""
+def _files(
+    data: LabelledDataConfig, key: str, paths: str | list[str] | None, task: str
+) -> tuple[list[SourceFile], LeftOut]:
+    """The files that are read, and those that are not: of a directory those of a known format are; one named outright
+    has to be of one."""
     given = [paths] if isinstance(paths, str) else paths or []
-    outright = {Path(path).expanduser() for path in given}
-    found, _ = find(data, key, given)
+    outright = {Path(os.path.expanduser(path)) for path in given}
+    found, left_out = find(data, key, given)
     known = []
     for file in found:
         if file.stamp == hub.STAMP or _kind(file, task, data) is not None:
             known.append(file)
         elif file.path in outright:
             raise file.error(f"of a format that holds no records of {task}", f"wanted: {_wanted(task)}")
+        else:
+            left_out.add(str(file.path), f"of a format that holds no records of {task}")
     if _parallel(data, task) and len(known) % 2:
         raise ConfigError(key, shown(paths), f"{len(known)} text files, they go by pairs", f"wanted: {PARALLEL}")
-    return known
+    return known, left_out
 
 
 def _kind(file: SourceFile, task: str, data: LabelledDataConfig) -> str | None:
@@ -236,7 +248,7 @@ class _FileReader:
             def fail(problem: str, way_out: str, where: str = where) -> ConfigError:
                 return file.error(f"{where}: {problem}", way_out)
 
-            yield file, where, record(self.task, row, columns, f"{file.name}:{where.split()[-1]}", fail)
+            yield file, where, record(self.task, row, columns, f"{printable(file.name)}:{where.split()[-1]}", fail)
 
     def _sentences(self, file: SourceFile, raw: Any) -> Iterator[tuple[SourceFile, str, Record]]:
         numbers = {"words": 0, "tags": -1}

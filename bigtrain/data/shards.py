@@ -8,7 +8,7 @@ causal model whose tokenizer has a <bos> of its own, <eos> <bos> + its tokens.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,8 @@ class Prepared:
     documents: dict[str, int]
     gzip_bits_per_byte: float | None
     shards: dict[str, list[int]]  # tokens in each shard file
+    blank_rows: int = 0  # that have no text and were left out
+    left_out: dict[str, Any] = field(default_factory=dict)  # files that were: bigtrain.data.left_out
 
     @property
     def tokenizer_file(self) -> Path:

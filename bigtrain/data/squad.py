@@ -51,6 +51,14 @@ def _list(file: SourceFile, parent: dict[str, Any], key: str, where: str) -> lis
     return found
 
 
+def _check_end(file: SourceFile, line: int, rest: str) -> None:
+    """Raises ConfigError where what follows the articles is not the end of the object: reading it finds a cut file."""
+    try:
+        json.loads('{"data": [' + rest)
+    except (ValueError, RecursionError):
+        raise file.error(f"line {line}: no JSON after data", "if it is cut off, fetch it again") from None
+
+
 def _articles(file: SourceFile, raw: BinaryIO) -> Iterator[tuple[int, Any]]:
     """(line on which it starts, entry) of the list `data`: the buffer holds one entry and a block."""
     blocks = text_blocks(file, raw)
@@ -79,6 +87,7 @@ def _articles(file: SourceFile, raw: BinaryIO) -> Iterator[tuple[int, Any]]:
             if not more():
                 raise file.error(f"line {line}: the file ends within data", "it seems cut off: fetch it again")
         elif buffer[position] == "]":
+            _check_end(file, line, buffer[position:] + "".join(blocks))
             return
         else:
             try:

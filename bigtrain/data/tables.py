@@ -1,19 +1,15 @@
-"""Tables of labelled rows: tsv, csv, jsonl, json, parquet and hub datasets, each row with the line that it stands on.
-
-A .csv row may span lines in quotes. A .tsv row is one line: in many published .tsv files (GLUE's are an example) a
-quote at the start of a cell is a character of the text, and a csv reader would swallow all lines up to the next one.
-"""
+"""Tables of labelled rows: tsv, csv, jsonl, json, parquet and hub datasets, each row with its line."""
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any, BinaryIO
 
-from bigtrain.data.formats import ROW_LIMIT, SourceFile, decompressed, json_rows, jsonl, lines, parquet_rows
+from bigtrain.data.delimited import cells, checked, column_names
+from bigtrain.data.formats import SourceFile, decompressed, json_rows, jsonl, parquet_rows
 from bigtrain.errors import BigtrainError, ConfigError
 
 PEEK_ROWS = 256  # read ahead to find out about header and columns
@@ -119,68 +115,19 @@ def _objects(file: SourceFile, values: Iterable[tuple[int, Any]], unit: str) -> 
 
 
 def _delimited(file: SourceFile, raw: BinaryIO, kind: str, header: bool | None, known: set[str]) -> Table:
-    text = lines(file, decompressed(file, raw))
-    numbered = _tsv_cells(text) if kind == "tsv" else _csv_cells(file, text)
+    numbered = cells(file, raw, kind)
     head = list(islice(numbered, PEEK_ROWS))
     if not head:
         return Table([], False, [], iter(()))
-    cells = [cells for _, cells in head]
-    has_header = header if header is not None else looks_like_header(cells, known)
-    names = [name.strip() for name in cells[0]] if has_header else [str(number) for number in range(len(cells[0]))]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise file.error(
-            f"line {head[0][0]}: two columns are named {twice[0]!r}", "rename one, or set data.header=false"
-        )
+    found = [row for _, row in head]
+    has_header = header if header is not None else looks_like_header(found, known)
+    names = column_names(file, head[0]) if has_header else [str(number) for number in range(len(found[0]))]
     head = head[1:] if has_header else head
-    rows = _checked(file, chain(head, numbered), names)
-    peeked = [dict(zip(names, cells, strict=False)) for _, cells in head]
-    return Table(names, has_header, peeked, rows)
-
-
-def _checked(file: SourceFile, numbered: Iterable[tuple[int, list[str]]], names: list[str]) -> Iterator[Row]:
-    for number, cells in numbered:
-        if len(cells) != len(names):
-            hint = " (a .tsv row is one line)" if len(cells) < len(names) and cells[-1].startswith('"') else ""
-            raise file.error(
-                f"line {number} has {_columns(len(cells))} where the first has {len(names)}{hint}",
-                "mend the line, or save as .jsonl",
-            )
-        yield f"line {number}", dict(zip(names, cells, strict=True))
-
-
-def _columns(count: int) -> str:
-    return "1 column" if count == 1 else f"{count} columns"
-
-
-def _tsv_cells(text: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    for number, line in enumerate(text, start=1):
-        if line.strip():
-            yield number, [_unquoted(cell) for cell in line.rstrip("\r\n").split("\t")]
-
-
-def _unquoted(cell: str) -> str:
-    """The cell without the quotes that a csv writer put around it; any other cell as it is."""
-    inner = cell[1:-1]
-    if len(cell) < 2 or cell[0] != '"' or cell[-1] != '"' or '"' in inner.replace('""', ""):
-        return cell
-    return inner.replace('""', '"')
-
-
-def _csv_cells(file: SourceFile, text: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    csv.field_size_limit(ROW_LIMIT)
-    reader = csv.reader(text, strict=True)  # strict: a quote that is never closed is an error, not one huge cell
-    while True:
-        start = reader.line_num + 1
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            raise file.error(
-                f"line {start} is no row of csv ({error})", 'a quote inside quotes is written ""'
-            ) from None
-        if cells is None:
-            return
-        if cells and cells != [""]:
-            yield start, cells
+    rows = checked(file, chain(head, numbered), len(names))
+    peeked = [dict(zip(names, row, strict=False)) for _, row in head]
+    return Table(
+        names, has_header, peeked, ((f"line {line}", dict(zip(names, row, strict=True))) for line, row in rows)
+    )
 
 
 def looks_like_header(rows: list[list[str]], known: set[str]) -> bool:

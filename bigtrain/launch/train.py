@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 from collections.abc import Callable
@@ -15,7 +16,9 @@ from bigtrain.checkpoint import changes
 from bigtrain.checkpoint.changes import Change
 from bigtrain.checkpoint.find import Checkpoint
 from bigtrain.config import LABELLED_TASKS, VOCABULARY_MULTIPLE, Config, DeepSpeedConfig, objective_names
+from bigtrain.data import hub
 from bigtrain.errors import BigtrainError, ConfigError, unknown_key
+from bigtrain.files import printable
 from bigtrain.hints import next_commands
 from bigtrain.launch import Stopped, ops, pretrained, run_dir, ways
 from bigtrain.plan import preflight
@@ -85,6 +88,8 @@ def train(config: Config, say: Callable[[str], None], continue_command: Callable
     checks.check_batch(config, placement.world_size)
     config = ways.resolved(config, placement)
     if shown_only:
+        for line in _missing(config):
+            say(line)
         say(way.show(config))
         return math.nan
     if names := [name for name in foreign.settings(os.environ) if name not in config.launch.env]:
@@ -122,6 +127,21 @@ def train(config: Config, say: Callable[[str], None], continue_command: Callable
         with run_dir.readable_errors(path):
             preflight.write(config, path, placement)
         return _run(config, way, say, continue_command)
+
+
+def _missing(config: Config) -> list[str]:
+    """Comments for a dry run, one for each path that a run would look for and that is not on this machine."""
+    named = {name: getattr(config.data, name, None) for name in ("path", "held_out_path")}
+    named |= {"tokenizer.path": config.data.tokenizer.path}
+    paths = {f"data.{name}": [value] if isinstance(value, str) else value or [] for name, value in named.items()}
+    paths |= {"init_from": [config.init_from] if config.init_from else []}
+    return [
+        f"# warning: {key}={printable(path)}: no such file or directory here"
+        + (", unless the Hugging Face hub has it" if hub.looks_like_name(path) else "")
+        for key, values in paths.items()
+        for path in values
+        if not glob.glob(os.path.expanduser(path), recursive=True) and not os.path.exists(os.path.expanduser(path))
+    ]
 
 
 def _check_changes(config: Config, before: Config | None, found: Checkpoint | None) -> list[Change]:

@@ -84,4 +84,5 @@ class CausalLM:
         }
 
     def facts(self) -> dict[str, Any]:
-        return {"eval/gzip_bits_per_byte": self.data.gzip_bits_per_byte}
+        left_out = {"data/left_out": self.data.left_out} if self.data.left_out else {}
+        return {"eval/gzip_bits_per_byte": self.data.gzip_bits_per_byte} | left_out

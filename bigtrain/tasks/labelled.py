@@ -139,4 +139,5 @@ class LabelledTask(ABC):
 
     def facts(self) -> dict[str, Any]:
         found = {"data/examples": self.data.examples, "data/examples_cut": self.data.cut, "data/labels": self.labels}
-        return found | ({"data/notes": self.data.notes} if self.data.notes else {})
+        told = {"data/notes": self.data.notes, "data/left_out": self.data.left_out}
+        return found | {name: value for name, value in told.items() if value}

@@ -132,4 +132,4 @@ class MaskedLM:
         return found
 
     def facts(self) -> dict[str, Any]:
-        return {}
+        return {"data/left_out": self.data.left_out} if self.data.left_out else {}

@@ -43,7 +43,7 @@ def test_directories_are_read_recursively_in_a_fixed_order(tmp_path: Path) -> No
     write_tree(tmp_path / "tree")
     corpus = corpus_of(tmp_path / "tree", tmp_path)
     assert names(corpus) == ["a.md", "b/1.py", "b/2.txt", "c/rows.jsonl"]
-    assert corpus.skipped == 1
+    assert corpus.left_out.record()["files"] == {"binary": 1, "hidden": 2}
     assert "".join(piece.text for piece in corpus.pieces()) == "a.mdb/1.pyb/2.txtc/rows.jsonl"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from bigtrain.config import Config, TaggingConfig, from_dict
+from bigtrain.config import LABELLED_TASKS, Config, TaggingConfig, from_dict
 from bigtrain.data.encode_examples import TaggingEncoder
 from bigtrain.data.example_loader import GROUPED, ExampleEvalLoader, ExampleTrainLoader, Rows, Share, pad, stack
 from bigtrain.data.examples import Examples, ExampleWriter, PreparedExamples, load_examples
-from bigtrain.data.prepare_examples import prepare_examples
+from bigtrain.data.prepare_examples import NOT_ENCODED, prepare_examples
 from bigtrain.errors import ConfigError
 
 WORDS = ["red", "green", "blue", "cold", "warm", "dark", "bright", "loud", "quiet"]
@@ -249,3 +249,10 @@ def test_padding_never_outgrows_the_model() -> None:
     rows = [{"tokens": np.arange(n)} for n in (3, 10)]
     assert pad(rows, "tokens", 0, 100).shape == (2, 16)
     assert pad(rows, "tokens", 0, 12).shape == (2, 12)
+
+
+def test_every_field_of_a_task_is_encoded_or_known_not_to_be() -> None:
+    encoded = {"kind", "regression", "max_length", "stride", "template"}
+    for task in LABELLED_TASKS:
+        for field in fields(task):
+            assert (field.name in encoded) != (field.name in NOT_ENCODED), f"decide on {task.__name__}.{field.name}"

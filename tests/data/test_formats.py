@@ -117,7 +117,7 @@ BAD_FILES: dict[str, tuple[str, bytes, str]] = {
     "latin-1 text beyond a block": ("a.txt", b"x" * (1 << 20) + b"\xe9", "not UTF-8 at byte 1048576"),
     "character cut at the end": ("a.txt", "ab€".encode()[:-1], "not UTF-8 at byte 2"),
     "character cut at a block's end": ("a.txt", b"x" * ((1 << 20) - 1) + b"\xe2\x82y", "not UTF-8 at byte 1048575"),
-    "utf-16 text": ("a.txt", "hello".encode("utf-16"), "not UTF-8 at byte 0"),
+    "utf-16 text": ("a.txt", "hello".encode("utf-16"), "not UTF-8 but UTF-16"),
     "latin-1 in gzip": (
         "a.txt.gz",
         gzip.compress(b"ab\xe9"),
@@ -172,3 +172,86 @@ def test_an_unknown_compression_is_not_read_as_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt.bz2").write_bytes(bz2.compress(b"hello"))
     with pytest.raises(ConfigError, match="not UTF-8"):
         texts(tmp_path / "a.txt.bz2")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("block", [7, 16, 1 << 20])
+def test_separators_in_every_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str, block: int) -> None:
+    monkeypatch.setattr("bigtrain.data.formats.BLOCK_BYTES", block)
+    lines = [
+        "<|endoftext|>",
+        "one",
+        "and <|endoftext|> in it",
+        " <|endoftext|>\t",
+        "<|endoftext|>",
+        "",
+        "two",
+        "<|endoftext|>",
+    ]
+    (tmp_path / "a.txt").write_bytes(end.join(lines).encode())
+    assert texts(tmp_path / "a.txt") == [f"one{end}and <|endoftext|> in it", f"{end}two"]
+
+
+def test_a_separator_far_into_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x" * (1 << 20) + "\n<|endoftext|>\nlast")
+    assert [text[-4:] for text in texts(tmp_path / "a.txt")] == ["xxxx", "last"]
+
+
+@pytest.mark.parametrize("end", [".gz", ".zst"])
+def test_a_stream_without_its_end_is_refused(tmp_path: Path, end: str) -> None:
+    frame = {".gz": gzip.compress, ".zst": zstandard.compress}[end](b"a story of its own\n" * 500)
+    path = tmp_path / f"a.txt{end}"
+    for data in (b"", frame[:3], frame[:-1], frame + frame[: len(frame) // 2], frame + b"more"):
+        path.write_bytes(data)
+        with pytest.raises(ConfigError, match=r"cannot be read|is empty"):
+            texts(path)
+    if end == ".zst":
+        path.write_bytes(b"\x50\x2a\x4d\x18\x04\0\0\0skip" + frame + frame)
+        assert len("".join(texts(path))) == 2 * 500 * 19
+
+
+def test_a_stray_quote_in_a_table_loses_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text('id\ttext\n1\t"he began\n2\tand went on\n3\t"over\nlines"\n4\tend\n')
+    assert texts(tmp_path / "a.tsv") == ['"he began', "and went on", "over\nlines", "end"]
+
+
+TABLES: dict[str, tuple[str, bytes, str]] = {
+    "more cells": ("a.csv", b"id,text\n1,a\n2,b,c\n", "line 3 has 3 columns"),
+    "fewer cells": ("a.tsv", b"id\ttext\n1\n", "line 2 has 1 column"),
+    "an open quote": ("a.csv", b'id,text\n1,"a\n2,b\n', "line 2 is no row of csv"),
+    "semicolons": ("a.csv", b"id;text\n1;a\n", "semicolons"),
+    "told semicolons": ("a.csv", b"sep=;\nid;text\n1;a\n", "semicolons"),
+    "NUL": ("a.csv", b"id,text\n1,a\0\n", "line 2 holds a NUL"),
+    "a name twice": ("a.csv", b"text,text\n1,a\n", "two columns are named 'text'"),
+    "rows under a key": ("a.json", b'{"data": [{"text": "a"},\n {"text": "b"}]}', "line 1 is not JSON"),
+    "rows under a key, indented": ("a.json", b'{\n"data": [{"text": "a"},\n {"text": "b"}]}', "under 'data'"),
+    "UTF-16 without a mark": ("a.txt", "hello world".encode("utf-16-le"), "UTF-16LE"),
+    "UTF-16": ("a.csv", "text,label".encode("utf-16"), "not UTF-8 but UTF-16"),
+}
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_a_table_that_is_none_is_refused(tmp_path: Path, case: str) -> None:
+    name, data, problem = TABLES[case]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ConfigError, match=problem):
+        texts(tmp_path / name)
+
+
+def test_what_spreadsheets_write(tmp_path: Path) -> None:
+    for number, data in enumerate((
+        b"\xef\xbb\xbfid,text\r\n1,a\r\n2,b\r\n", b"id,text\r1,a\r2,b\r", b"id,text,,\n1,a,,\n,,,\n2,b,,\n",
+        b"sep=,\nid,text\n1,a\n2,b\n",
+    )):  # fmt: skip
+        (tmp_path / f"{number}.csv").write_bytes(data)
+        assert texts(tmp_path / f"{number}.csv") == ["a", "b"]
+
+
+def test_a_text_field_inside_an_object(tmp_path: Path) -> None:
+    rows = [{"data": {"text": "a"}}, {"data": None}, {"data": {"text": "b"}}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert texts(tmp_path / "a.jsonl", text_field="data.text") == ["a", "b"]
+    assert texts(tmp_path / "a.parquet", text_field="data.text") == ["a", "b"]
+    with pytest.raises(ConfigError, match=r"there are: data\.text"):
+        texts(tmp_path / "a.jsonl", text_field="data.body")
