@@ -10,7 +10,7 @@ RUN ?= runs/default
 # Files of tests that run side by side. Each may have two ranks at work: more than one worker for two cores is no help.
 WORKERS ?= 2
 
-.PHONY: train test soak lint check-machine clean
+.PHONY: train test soak goldens mutants lint check-machine clean
 
 train: $(VENV)/.installed
 	$(BIN)/bigtrain train run_dir=$(RUN)
@@ -25,6 +25,14 @@ test: $(VENV)/.installed-dev
 
 soak: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m soak $(TESTS)
+
+# Write anew the numbers that tests/goldens holds the code to, after a change that was to change them.
+goldens: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.goldens $(PARTS)
+
+# Plant bugs, one at a time, and see that the tests fail: MUTANTS="id id", all if empty.
+mutants: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.mutants $(MUTANTS)
 
 $(VENV)/.installed: pyproject.toml | check-machine
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
