@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import shutil
 import weakref
-from functools import cached_property
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
