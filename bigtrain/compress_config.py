@@ -29,7 +29,7 @@ class PruneConfig:
     # Which go: magnitude: the smallest |w|; wanda: |w| times the norm of its input, row by row (arXiv 2306.11695);
     # movement: those that training moves towards zero, by the sum of -w * gradient (arXiv 2005.07683).
     method: Literal["magnitude", "wanda", "movement"] = "magnitude"
-    sparsity: float = 0.5  # of the weights chosen; with `pattern` it follows from that
+    sparsity: float = 0.5  # removed (set to zero), of the weights chosen; with `pattern` it follows from that
     scope: Literal["global", "layer"] = "global"  # whether weights compete across layers or within each
     pattern: str | None = None  # N:M, at most N of each M neighbours in a row are kept: "2:4", "4:8"; null: anywhere
     include: list[str] = field(default_factory=lambda: ["*"])  # patterns of linear layers' names

@@ -7,6 +7,7 @@ file: pictures are embedded, nothing is loaded from a network.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ class Run:
     config: dict[str, Any]  # dotted key -> value, secrets taken out
     evaluation: dict[str, Any]  # of `bigtrain evaluate`: metrics.json, empty if it was not run
     confusion: bytes | None  # and its picture
+    tokenizer: str = ""  # a hash of its file; "": not known
 
     def series(self, metric: str) -> Series:
         """The finite values of a metric and their steps, each (points,)."""
@@ -104,7 +106,14 @@ def _load_run(path: Path, name: str) -> Run:
         result = {}
     config = dict(_flatten(redact(settings))) if isinstance(settings, dict) else {}
     known = _so_far(rows) | preflight.predicted(path) | redact(result)
-    return Run(name, path, rows, known, config, *_evaluation(path / EVALUATION))
+    return Run(name, path, rows, known, config, *_evaluation(path / EVALUATION), _tokenizer(path))
+
+
+def _tokenizer(path: Path) -> str:
+    try:
+        return hashlib.sha256((path / "tokenizer" / "tokenizer.json").read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def _evaluation(directory: Path) -> tuple[dict[str, Any], bytes | None]:
@@ -152,6 +161,7 @@ def _flatten(data: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 
 # ------------------------------------------------------------------------------------------------ pictures
 
+BITS = "eval/bits_per_byte"
 DASHES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)))
 HELD_OUT: dict[str, Any] = {
     "linewidth": 1.0,
@@ -175,8 +185,40 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return (sums[index + after + 1] - sums[index - before]) / (after + before + 1)
 
 
+# What a task's loss is a mean of. A tagger's targets are words, a reader's are windows of a text with a question.
+LOSS_UNITS = {
+    "causal_lm": "nats per token",
+    "masked_lm": "nats per masked token",
+    "classification": "nats per text",
+    "tagging": "nats per word",
+    "question_answering": "nats per window (mean of start and end)",
+    "translation": "nats per target token",
+    "instruction": "nats per token of the responses",
+}
+OF_TOKENS = ("causal_lm", "masked_lm", "translation", "instruction")  # whose tokens another tokenizer cuts otherwise
+
+
+def loss_unit(run: Run) -> str:
+    task = run.config.get("task.kind")
+    if task == "classification" and run.config.get("task.regression"):
+        return "squared error"
+    return LOSS_UNITS.get(str(task), "loss")
+
+
+def not_comparable(runs: list[Run]) -> str:
+    """Why the losses of these runs are not to be compared, and what is; "" if they are."""
+    units = dict.fromkeys(map(loss_unit, runs))
+    if len(units) > 1:
+        return f"Different tasks: {', '.join(units)} are not comparable."
+    if runs[0].config.get("task.kind") not in OF_TOKENS or len({run.tokenizer for run in runs if run.tokenizer}) < 2:
+        return ""
+    instead = "; bits per byte of the same text are" if _any(runs, BITS) else ""
+    return f"Different tokenizers: {next(iter(units))} are not comparable{instead}."
+
+
 def draw_loss(runs: list[Run]) -> bytes | None:
     """Training loss, faint as it was and smoothed, and held-out loss as points."""
+    caution = not_comparable(runs)
 
     def draw(axes: Any) -> None:
         for run, colour, dash in _styles(runs):
@@ -196,12 +238,18 @@ def draw_loss(runs: list[Run]) -> bytes | None:
                         va="center", color=held_out, fontweight="bold", fontsize=9.5,
                     )  # fmt: skip
         _cut_start(axes, runs)
-        axes.set_ylabel("nats per token")
+        units = list(dict.fromkeys(map(loss_unit, runs)))
+        axes.set_ylabel(units[0] if len(units) == 1 else "loss, of each task its own")
         if _any(runs, "eval/loss"):  # one entry for all runs
             axes.plot([], [], color=MUTED if len(runs) > 1 else COLOURS[1], label="held-out", **HELD_OUT)
         axes.legend(loc="upper right", fontsize=9.5 if len(runs) < 8 else 8, labelcolor=INK)
 
-    return _picture("Loss", LARGE, draw) if _any(runs, "train/loss", "eval/loss") else None
+    title = f"Loss\n{caution}" if caution else "Loss"
+    return _picture(title, LARGE, draw) if _any(runs, "train/loss", "eval/loss") else None
+
+
+def draw_bits(runs: list[Run]) -> bytes | None:
+    return _draw_metric(runs, BITS, "Held-out bits per byte", "whatever the tokenizer", smoothed=False, points=True)
 
 
 def draw_lr(runs: list[Run]) -> bytes | None:
@@ -228,6 +276,7 @@ def draw_step_time(runs: list[Run]) -> bytes | None:
 
 PICTURES: dict[str, Callable[[list[Run]], bytes | None]] = {
     "loss": draw_loss,
+    "bits_per_byte": draw_bits,
     "lr": draw_lr,
     "grad_norm": draw_grad_norm,
     "throughput": draw_throughput,
@@ -237,8 +286,10 @@ PICTURES: dict[str, Callable[[list[Run]], bytes | None]] = {
 
 
 def _draw_metric(
-    runs: list[Run], metric: str, title: str, unit: str, smoothed: bool, planned: str = ""
+    runs: list[Run], metric: str, title: str, unit: str, smoothed: bool, planned: str = "", points: bool = False
 ) -> bytes | None:
+    """points: the values are few, and their axis need not begin at zero."""
+
     def draw(axes: Any) -> None:
         tops = []
         for run, colour, dash in _styles(runs):
@@ -248,14 +299,15 @@ def _draw_metric(
             line = smooth(values) if smoothed else values
             if smoothed:
                 axes.plot(*thin(steps, values), color=colour, alpha=0.18, linewidth=0.8)
-            marker = "o" if len(steps) == 1 else None  # a line of one point cannot be seen
+            marker = "o" if points or len(steps) == 1 else None  # a line of one point cannot be seen
             axes.plot(*thin(steps, line), color=colour, linestyle=dash, linewidth=1.7, label=run.name, marker=marker)
             tops.append(max(np.percentile(values, 99), line[len(line) // 20 :].max()))
             if expected := run.result.get(planned):
                 axes.axhline(expected, color=colour, linestyle=":", linewidth=1)
                 axes.text(steps[0], expected, "planned ", color=colour, fontsize=7, va="bottom")
                 tops.append(expected)
-        axes.set_ylim(0, 1.15 * max(tops) or None)  # from zero, and a spike does not flatten the rest
+        if not points:
+            axes.set_ylim(0, 1.15 * max(tops) or None)  # from zero, and a spike does not flatten the rest
         axes.set_ylabel(unit)
         if len(runs) > 1:
             axes.legend(loc="best", fontsize=8, labelcolor=INK, ncols=1 + (len(runs) - 1) // 5)
@@ -354,6 +406,7 @@ RESULTS: tuple[tuple[str, str, Callable[[Any], str], int], ...] = (
     ("Parameters", "model/parameters", _unit(count), 0),
     ("Status", "status", _text, 0),
 )
+BY_TARGET = ("eval/loss", "eval/perplexity", "eval/masked_accuracy", "train/loss")  # of each token, text or word
 NOT_COMPARED = {"run_dir", "data.prepared_dir", "launch.master_port"}  # another in every run, and says nothing
 
 
@@ -364,6 +417,8 @@ def render(runs: list[Run], pictures: dict[str, bytes]) -> str:
         sections.append(_cards(runs[0]))
     if "loss" in pictures:
         sections.append(_image("loss", pictures["loss"], runs))
+    if caution := not_comparable(runs):
+        sections.append(f"<p>{escape(caution)}</p>")
     small = [_image(name, png, runs) for name, png in pictures.items() if name != "loss"]
     sections.append(f'<div class="grid">{"".join(small)}</div>' if small else "")
     sections.append(f"<h2>Results</h2>{_results(runs)}")
@@ -413,17 +468,19 @@ def _cards(run: Run) -> str:
 
 
 def _image(name: str, png: bytes, runs: list[Run]) -> str:
-    return image(name, png, f"{name.replace('_', ' ')} over steps of {', '.join(run.name for run in runs)}")
+    unit = f" in {', '.join(dict.fromkeys(map(loss_unit, runs)))}" if name == "loss" else ""
+    return image(name, png, f"{name.replace('_', ' ')}{unit} over steps of {', '.join(run.name for run in runs)}")
 
 
 def _results(runs: list[Run]) -> str:
-    """A row for each number that any run has; the best of several is set in bold."""
-    rows = []
+    """A row for each number that any run has; the best of several is set in bold, where they can be compared."""
+    rows, alike = [], not not_comparable(runs)
     for label, key, write, better in RESULTS:
         values = [run.result.get(key) for run in runs]
         if all(value is None for value in values):
             continue
         numbers = [value for value in values if isinstance(value, (int, float))]
+        better = better if alike or key not in BY_TARGET else 0
         best = (min if better < 0 else max)(numbers) if better and len(runs) > 1 and len(set(numbers)) > 1 else None
         cells = [escape(write(value)) for value in values]
         rows.append(

@@ -10,19 +10,22 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from bigtrain import config as schema
 from bigtrain import confusion
-from bigtrain.config import Config, dump
+from bigtrain.config import Config, TaskConfig, dump
 from bigtrain.errors import BigtrainError, ConfigError
-from bigtrain.report import load_runs, smooth, thin, write_report
+from bigtrain.report import LOSS_UNITS, load_runs, loss_unit, not_comparable, smooth, thin, write_report
 
 CHROMIUM = shutil.which("chromium")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (Debian package: chromium)")
-PICTURES = ["loss", "lr", "grad_norm", "throughput", "memory", "step_time"]
+PICTURES = ["loss", "bits_per_byte", "lr", "grad_norm", "throughput", "memory", "step_time"]
 
 
 def make_run(run: Path, lr: float = 1e-3, loss: float = 2.5, steps: int = 60, finished: bool = True) -> Path:
@@ -99,6 +102,47 @@ def test_the_page_needs_nothing_else_and_shows_no_secret(tmp_path: Path) -> None
     assert cells(html, "Held-out loss") == ["2.5000"]
     assert cells(html, "Training time") == ["0:01:15"]
     assert "3.3M parameters" in html
+
+
+def of_task(run: Path, task: dict[str, Any], tokenizer: str) -> Path:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["task"] = task
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "tokenizer").mkdir()
+    (run / "tokenizer" / "tokenizer.json").write_text(tokenizer)
+    return run
+
+
+def test_a_loss_is_in_the_unit_of_its_task(tmp_path: Path) -> None:
+    runs = {
+        "squared error": of_task(make_run(tmp_path / "a"), {"kind": "classification", "regression": True}, "1"),
+        "nats per text": of_task(make_run(tmp_path / "b"), {"kind": "classification", "regression": False}, "2"),
+        "nats per word": of_task(make_run(tmp_path / "c"), {"kind": "tagging"}, "1"),
+        "nats per token": of_task(make_run(tmp_path / "d"), {"kind": "causal_lm"}, "1"),
+    }
+    for unit, path in runs.items():
+        assert loss_unit(*load_runs([path])) == unit
+        assert f'alt="loss in {unit} over steps of' in write_report([path]).read_text()
+    kinds = {kind for task in get_args(TaskConfig) for kind in schema.kinds(task)}
+    assert kinds == set(LOSS_UNITS)  # of every task
+    mixed = load_runs([runs["nats per text"], runs["nats per word"]])
+    assert not_comparable(mixed) == "Different tasks: nats per text, nats per word are not comparable."
+    alike = [runs["nats per text"], of_task(make_run(tmp_path / "e"), {"kind": "classification"}, "3")]
+    assert not not_comparable(load_runs(alike))  # texts are texts, however they are cut
+    assert not not_comparable(load_runs([runs["nats per token"]]))
+
+
+def test_two_tokenizers_are_compared_by_bytes(tmp_path: Path) -> None:
+    first = of_task(make_run(tmp_path / "first"), {"kind": "causal_lm"}, "1")
+    other = of_task(make_run(tmp_path / "other", loss=2.0), {"kind": "causal_lm"}, "2")
+    html = write_report([first, other], tmp_path / "both").read_text()
+    assert "Different tokenizers: nats per token are not comparable; bits per byte of the same text are." in html
+    assert not any("<b>" in cell for cell in cells(html, "Held-out loss") + cells(html, "Held-out perplexity"))
+    assert has_colour(picture(tmp_path / "both" / "bits_per_byte.png"), "#d55e00")
+    (other / "tokenizer" / "tokenizer.json").write_text("1")
+    html = write_report([first, other], tmp_path / "same").read_text()
+    assert "not comparable" not in html
+    assert "<b>" in cells(html, "Held-out loss")[1]
 
 
 def test_an_evaluated_classifier_shows_its_labels(tmp_path: Path) -> None:

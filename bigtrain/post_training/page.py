@@ -97,9 +97,13 @@ def _spread(key: str) -> Callable[[dict[str, Any]], str]:
 
     def write(row: dict[str, Any]) -> str:
         low, median, high = (row[key + part] * 1e3 for part in ("_q1", "", "_q3"))
-        return f"{median:.3g} ({low:.3g} to {high:.3g})"
+        return f"{_short(median)} ({_short(low)} to {_short(high)})"
 
     return write
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 # Of the file on the disk: {column: how a row is written there}.
