@@ -194,7 +194,8 @@ class _ZstdReader(io.RawIOBase):
             raise file.error("reading .zst needs zstandard", "pip install 'bigtrain[data]'") from None
         self._error: type[Exception] = zstandard.ZstdError
         self._decompressor = zstandard.ZstdDecompressor()
-        self._raw, self._frame, self._rest, self._ready = raw, None, b"", memoryview(b"")
+        self._raw, self._rest, self._ready = raw, b"", memoryview(b"")
+        self._frame: Any = None  # what decompresses the frame that has begun
 
     def readable(self) -> bool:
         return True

@@ -88,8 +88,8 @@ def train(config: Config, say: Callable[[str], None], continue_command: Callable
     checks.check_batch(config, placement.world_size)
     config = ways.resolved(config, placement)
     if shown_only:
-        for line in _missing(config):
-            say(line)
+        for missing in _missing(config):
+            say(missing)
         say(way.show(config))
         return math.nan
     if names := [name for name in foreign.settings(os.environ) if name not in config.launch.env]:

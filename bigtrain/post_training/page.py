@@ -80,7 +80,8 @@ def render(found: dict[str, Any], pictures: dict[str, bytes]) -> str:
         + _table(SIZE_COLUMNS, rows)
         + image("quality_latency", pictures["quality_latency"], f"{quality} of each recipe against its milliseconds")
         + _table(TIME_COLUMNS, rows)
-        + f"<p>{escape(machine['processor'])}, {machine['threads']} threads{', compiled' if machine['compiled'] else ''}."
+        + f"<p>{escape(machine['processor'])}, {machine['threads']} threads"
+        f"{', compiled' if machine['compiled'] else ''}."
         f" Median (quartiles) of {rows[0]['batch_1_repeats']} or more batches of 1, in turns with the others; energy is"
         f" time by {rows[0]['batch_1_watts']:.1f} W ({escape(rows[0]['batch_1_watts_source'])}).</p>",
     )
