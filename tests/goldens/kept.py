@@ -9,7 +9,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -155,16 +155,21 @@ def prepared(data: dict[str, Any], cache: Path) -> Config:
     return prepare_data(replace(config, data=replace(config.data, cache_dir=str(cache))))
 
 
-def walked(stored: dict[str, Any], folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
-    """What each recipe gives on each of its engines, and how each stored run goes on: {name: {engine: curves}} twice.
+Curves = dict[str, dict[str, Any]]  # {name: {engine: curves}}
 
-    stored: configs as `recipes` gives them. All of it in one pair of processes.
+
+def walked(stored: dict[str, Any], folder: Path, only: Collection[str] = (*RECIPES, *RUNS)) -> tuple[Curves, Curves]:
+    """What recipes give on each of their engines, and how stored runs go on, in one pair of processes.
+
+    stored: configs as `recipes` gives them.
     """
     cells: list[tuple[int, str, str]] = []
     files = []
     with at_home():
         for kind, recipes in enumerate((RECIPES, RUNS)):
             for name, recipe in recipes.items():
+                if name not in only:
+                    continue
                 config = prepared(stored[name], folder / "cache")
                 for engine in recipe.engines:
                     path = folder / f"{name}-{engine}"
@@ -173,7 +178,7 @@ def walked(stored: dict[str, Any], folder: Path) -> tuple[dict[str, dict[str, An
                         changed = continued(name, changed, path)
                     cells.append((kind, name, engine))
                     files.append(str(write(path, changed)))
-    found: tuple[dict[str, dict[str, Any]], ...] = ({}, {})
+    found: tuple[Curves, Curves] = ({}, {})
     told = run_ranks("tests.goldens.walk:walk", 2, {"files": files})
     for (kind, name, engine), curves in zip(cells, told[0], strict=True):
         found[kind].setdefault(name, {})[engine] = curves

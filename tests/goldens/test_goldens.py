@@ -48,9 +48,11 @@ Walked = tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def walked(tmp_path_factory: pytest.TempPathFactory) -> Walked:
-    """All recipes and continued runs, by one pair of ranks."""
-    return kept.walked(kept.read("recipes.yaml"), tmp_path_factory.mktemp("walk"))
+def walked(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Walked:
+    """The recipes and continued runs that are tested, by one pair of ranks."""
+    tested = [getattr(item, "callspec", None) for item in request.session.items if item.path == request.path]
+    names = {str(value) for found in tested if found for value in found.params.values()}
+    return kept.walked(kept.read("recipes.yaml"), tmp_path_factory.mktemp("walk"), names)
 
 
 def apart(was: dict[str, Any], by_engine: dict[str, dict[str, Any]], allowed: dict[str, float]) -> Iterator[str]:
