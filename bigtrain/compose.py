@@ -224,7 +224,9 @@ def _as_text(key: str, value: str, sweep: bool) -> str:
         get_origin(hint) is dict for parent in hints_at(key.rpartition(".")[0]) for hint in options(parent)
     )
     parts = _parts(value)
-    if not sweep and len(parts) > 1 and all(option is str for hint in hints for option in options(hint)):
+    outer_blank = value != value.strip() and not re.match(r"\s*[\[{(\"'$]", value)
+    odd = outer_blank or len(parts) > 1
+    if not sweep and odd and all(str in options(hint) for hint in hints):
         return _quoted(value)
     try:
         return ",".join(_text(part, hints, null_is_text) for part in parts)
