@@ -245,10 +245,14 @@ def draw_loss(runs: list[Run]) -> bytes | None:
                 axes.plot(*thin(steps, values), color=colour, alpha=0.18, linewidth=0.9)
                 axes.plot(*thin(steps, smoothed), color=colour, linestyle=dash, linewidth=1.9, label=label)
             held_out = colour if len(runs) > 1 else COLOURS[1]
+            *_, told = [
+                "",
+                *(metric for metric in HELD_OUT_LINES if len(run.series(metric)[0])),
+            ]  # the whole set's last
             for metric, (_, style) in HELD_OUT_LINES.items():
                 for steps, values in run.stretches(metric):
                     axes.plot(steps, values, color=held_out, **style)
-                if len(runs) == 1 and len(run.series(metric)[0]):  # say the number where it is
+                if len(runs) == 1 and metric == told:  # say the number where it is
                     axes.annotate(
                         f"{values[-1]:.3f}", (steps[-1], values[-1]), xytext=(7, 0), textcoords="offset points",
                         va="center", color=held_out, fontweight="bold", fontsize=9.5,
