@@ -518,7 +518,7 @@ class TrainConfig:
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     layer_lr_decay: float = 1.0  # each layer's lr by this factor smaller than that of the layer above
     eval_every: int = 0  # steps; 0: only at the end
-    eval_batches: int | None = None  # micro-batches per rank in an evaluation during the run; None: all
+    eval_batches: int | None = None  # micro-batches a rank in an evaluation during the run: eval_sample/; None: all
     save_every: int = 0  # steps; 0: only at the end
     async_save: bool = True  # write a copy in the background, where host memory has room for one
     keep_checkpoints: int = 2  # the newest; the one being written comes on top

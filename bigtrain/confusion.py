@@ -35,14 +35,18 @@ def by_label(counts: NDArray[np.int64], labels: Sequence[str]) -> list[dict[str,
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """What `by_label` gives, a line each."""
-    width = max(len("label"), *(len(row["label"]) for row in rows))
-    lines = [f"{'label':{width}s}  precision  recall      F1  examples"]
+    """What `by_label` gives, or a task's own table of whole entities, a line each."""
+    width, counted = max([len("label"), *(len(row["label"]) for row in rows)]), what_is_counted(rows)
+    lines = [f"{'label':{width}s}  precision  recall      F1  {counted}"]
     lines += [
-        f"{row['label']:{width}s}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row['examples']:8}"
+        f"{row['label']:{width}s}  {row['precision']:9.4f}  {row['recall']:6.4f}  {row['f1']:6.4f}  {row[counted]:8}"
         for row in rows
     ]
     return "\n".join(lines)
+
+
+def what_is_counted(rows: list[dict[str, Any]]) -> str:
+    return "entities" if rows and "entities" in rows[0] else "examples"
 
 
 def picture(counts: NDArray[np.int64], labels: Sequence[str]) -> bytes:

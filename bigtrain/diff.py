@@ -13,7 +13,7 @@ from bigtrain.config import flatten
 from bigtrain.errors import BigtrainError
 from bigtrain.hooks.jsonl import read_metrics
 
-CURVES = ("train/loss", "train/grad_norm", "eval/loss")
+CURVES = ("train/loss", "train/grad_norm", "eval/loss", "eval_sample/loss")
 _EVERY_RUN_HAS_ITS_OWN = ("run_dir", "data.prepared_dir", "launch.master_port")
 _EVERY_LAUNCH_HAS_ITS_OWN = ("BIGTRAIN_",)  # prefixes of environment variables
 ABSENT = "(none)"

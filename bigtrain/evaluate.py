@@ -76,9 +76,11 @@ def run(
             write_atomic(out / "predictions.jsonl", "".join(_predictions(task, totals)))
             if (labels := task.predicted_and_true(totals)) is not None:
                 counts = confusion.matrix(*labels, len(task.labels))
-                metrics["labels"] = confusion.by_label(counts, task.labels)
+                metrics["labels"] = task.by_label(totals) or confusion.by_label(counts, task.labels)
                 (out / CONFUSION).write_bytes(confusion.picture(counts, task.labels))
-    metrics |= {"checkpoint": checkpoint.name, "data": data or "held-out", "examples": len(totals.predictions)}
+    metrics |= {"checkpoint": checkpoint.name, "data": data or "held-out"}
+    # A language model is judged by the token, whatever texts those are of.
+    metrics |= {"examples": len(totals.predictions)} if totals.predictions else {"tokens": totals.targets}
     write_atomic(out / METRICS, json.dumps(metrics, indent=1) + "\n")
     return metrics, out
 
@@ -164,6 +166,8 @@ def _predictions(task: LabelledTask, totals: Totals) -> Iterator[str]:
 def table(metrics: dict[str, Any]) -> str:
     """The metrics, a line each, with their intervals."""
     names = [name for name in metrics if name.startswith("eval/") and not name.endswith(("_low", "_high"))]
+    if "eval/no_answer_accuracy" not in metrics:  # every question has an answer: there is nothing to compare
+        names = [name for name in names if name != "eval/none_exact_match"]
     width = max(len(name) for name in names)
     lines = []
     for name in names:

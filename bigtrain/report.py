@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from bigtrain.confusion import CONFUSION, EVALUATION, METRICS
+from bigtrain.confusion import CONFUSION, EVALUATION, METRICS, what_is_counted
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.files import as_utf8
+from bigtrain.held_out import SHARE, WHOLE, latest, sample_name
 from bigtrain.hooks.console import HEADLINES, count, duration
 from bigtrain.hooks.jsonl import read_metrics
 from bigtrain.pages import COLOURS, INK, LARGE, MUTED, SMALL, image, page, picture, table
@@ -47,6 +48,15 @@ class Run:
         steps, values = np.array(points, dtype=float).reshape(-1, 2).T
         finite = np.isfinite(values)
         return steps[finite], values[finite]
+
+    def stretches(self, metric: str) -> list[Series]:
+        """The same of a held-out metric, parted where the run went on with other data: those are other numbers."""
+        parts: dict[Any, list[dict[str, Any]]] = {}
+        for row in self.rows:
+            if metric in row:
+                parts.setdefault(row.get("data"), []).append(row)
+        series = [replace(self, rows=rows).series(metric) for rows in parts.values()]
+        return [(steps, values) for steps, values in series if len(steps)]
 
 
 def write_report(runs: list[Path], out: Path | None = None) -> Path:
@@ -140,7 +150,7 @@ def _read(path: Path) -> str:
 
 def _so_far(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """What result.json would hold, as far as the metrics tell; its own values come before these."""
-    last = {name: value for row in rows for name, value in row.items() if value is not None}
+    last = latest(rows)
     peaks = [row["perf/peak_memory_gib"] for row in rows if row.get("perf/peak_memory_gib") is not None]
     times = [row["time"] for row in rows if "time" in row]
     return last | {
@@ -171,6 +181,12 @@ HELD_OUT: dict[str, Any] = {
     "markeredgecolor": "white",
     "zorder": 4,
 }
+# A line each, never one through both: what is the same model gives other numbers on other examples.
+HELD_OUT_LINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "eval_sample/loss": ("held-out, a sample", HELD_OUT | {"marker": "s", "markersize": 4, "markerfacecolor": "white",
+                                                           "markeredgecolor": None}),
+    "eval/loss": ("held-out", HELD_OUT),
+}  # fmt: skip
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -217,7 +233,7 @@ def not_comparable(runs: list[Run]) -> str:
 
 
 def draw_loss(runs: list[Run]) -> bytes | None:
-    """Training loss, faint as it was and smoothed, and held-out loss as points."""
+    """Training loss, faint as it was and smoothed, and held-out loss as points: of all of the set, and of a sample."""
     caution = not_comparable(runs)
 
     def draw(axes: Any) -> None:
@@ -228,11 +244,15 @@ def draw_loss(runs: list[Run]) -> bytes | None:
                 smoothed = smooth(values)
                 axes.plot(*thin(steps, values), color=colour, alpha=0.18, linewidth=0.9)
                 axes.plot(*thin(steps, smoothed), color=colour, linestyle=dash, linewidth=1.9, label=label)
-            steps, values = run.series("eval/loss")
-            if len(steps):
-                held_out = colour if len(runs) > 1 else COLOURS[1]
-                axes.plot(steps, values, color=held_out, **HELD_OUT)
-                if len(runs) == 1:  # say the number where it is
+            held_out = colour if len(runs) > 1 else COLOURS[1]
+            *_, told = [
+                "",
+                *(metric for metric in HELD_OUT_LINES if len(run.series(metric)[0])),
+            ]  # the whole set's last
+            for metric, (_, style) in HELD_OUT_LINES.items():
+                for steps, values in run.stretches(metric):
+                    axes.plot(steps, values, color=held_out, **style)
+                if len(runs) == 1 and metric == told:  # say the number where it is
                     axes.annotate(
                         f"{values[-1]:.3f}", (steps[-1], values[-1]), xytext=(7, 0), textcoords="offset points",
                         va="center", color=held_out, fontweight="bold", fontsize=9.5,
@@ -240,12 +260,13 @@ def draw_loss(runs: list[Run]) -> bytes | None:
         _cut_start(axes, runs)
         units = list(dict.fromkeys(map(loss_unit, runs)))
         axes.set_ylabel(units[0] if len(units) == 1 else "loss, of each task its own")
-        if _any(runs, "eval/loss"):  # one entry for all runs
-            axes.plot([], [], color=MUTED if len(runs) > 1 else COLOURS[1], label="held-out", **HELD_OUT)
+        for metric, (label, style) in HELD_OUT_LINES.items():  # one entry for all runs
+            if _any(runs, metric):
+                axes.plot([], [], color=MUTED if len(runs) > 1 else COLOURS[1], label=label, **style)
         axes.legend(loc="upper right", fontsize=9.5 if len(runs) < 8 else 8, labelcolor=INK)
 
     title = f"Loss\n{caution}" if caution else "Loss"
-    return _picture(title, LARGE, draw) if _any(runs, "train/loss", "eval/loss") else None
+    return _picture(title, LARGE, draw) if _any(runs, "train/loss", *HELD_OUT_LINES) else None
 
 
 def draw_bits(runs: list[Run]) -> bytes | None:
@@ -346,7 +367,7 @@ def _any(runs: list[Run], *metrics: str) -> bool:
 
 def _cut_start(axes: Any, runs: list[Run]) -> None:
     """A spike must not flatten what comes after: the loss axis ends a little above nearly all points."""
-    every = np.concatenate([run.series(metric)[1] for run in runs for metric in ("train/loss", "eval/loss")])
+    every = np.concatenate([run.series(metric)[1] for run in runs for metric in ("train/loss", *HELD_OUT_LINES)])
     low, high = every.min(), np.percentile(every, 99.5)
     margin = 0.06 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)
@@ -374,7 +395,8 @@ def _unit(write: Callable[[float], str]) -> Callable[[Any], str]:
 
 
 # label, key of the result, how to write it, and whether less (-1) or more (1) is better
-RESULTS: tuple[tuple[str, str, Callable[[Any], str], int], ...] = (
+_Row = tuple[str, str, Callable[[Any], str], int]
+_RESULTS: tuple[_Row, ...] = (
     ("Held-out loss", "eval/loss", _number("{:.4f}"), -1),
     ("Held-out bits per byte", "eval/bits_per_byte", _number("{:.4f}"), -1),
     ("gzip -9 bits per byte", "eval/gzip_bits_per_byte", _number("{:.4f}"), 0),
@@ -406,7 +428,15 @@ RESULTS: tuple[tuple[str, str, Callable[[Any], str], int], ...] = (
     ("Parameters", "model/parameters", _unit(count), 0),
     ("Status", "status", _text, 0),
 )
-BY_TARGET = ("eval/loss", "eval/perplexity", "eval/masked_accuracy", "train/loss")  # of each token, text or word
+_BY_TARGET = ("eval/loss", "eval/perplexity", "eval/masked_accuracy", "train/loss")  # of each token, text or word
+BY_TARGET = {*_BY_TARGET, *map(sample_name, _BY_TARGET)}
+# Of a run that has not ended, of a sample first.
+RESULTS: tuple[_Row, ...] = (
+    *((f"{label} (sample)", sample_name(key), write, better) for label, key, write, better in _RESULTS
+      if key.startswith(WHOLE)),
+    ("The sample's share of the held-out set", SHARE, _number("{:.1%}"), 0),
+    *_RESULTS,
+)  # fmt: skip
 NOT_COMPARED = {"run_dir", "data.prepared_dir", "launch.master_port"}  # another in every run, and says nothing
 
 
@@ -454,6 +484,7 @@ def _header(runs: list[Run], title: str) -> str:
 def _cards(run: Run) -> str:
     """The few numbers that one asks for first."""
     wanted = {"eval/loss", "perf/tokens_per_second", "time/train_seconds", *HEADLINES}
+    wanted |= {sample_name(key) for key in wanted}
     cards = []
     for label, key, write, _ in RESULTS:
         value = run.result.get(key)
@@ -494,8 +525,9 @@ def _labels(run: Run) -> str:
     """How well each label is told from the others, as the last `bigtrain evaluate` of the run found it."""
     if run.confusion is None:
         return ""
+    counted = what_is_counted(run.evaluation["labels"])
     rows = [
-        [escape(row["label"]), *(f"{row[key]:.4f}" for key in ("precision", "recall", "f1")), f"{row['examples']:,}"]
+        [escape(row["label"]), *(f"{row[key]:.4f}" for key in ("precision", "recall", "f1")), f"{row[counted]:,}"]
         for row in run.evaluation["labels"]
     ]
     data = run.evaluation["data"]
@@ -503,7 +535,7 @@ def _labels(run: Run) -> str:
     return (
         f"<h2>Labels</h2><p>{escape(about)}</p>"
         + image("confusion", run.confusion, "confusion matrix", kind="square")
-        + table(["", "Precision", "Recall", "F1", "Examples"], rows, numeric=True)
+        + table(["", "Precision", "Recall", "F1", counted.capitalize()], rows, numeric=True)
     )
 
 

@@ -22,6 +22,7 @@ from bigtrain import config as schema
 from bigtrain import heartbeat
 from bigtrain.config import Config
 from bigtrain.errors import ConfigError
+from bigtrain.held_out import SAMPLE, WHOLE
 from bigtrain.hooks.console import duration
 from bigtrain.hooks.jsonl import read_metrics
 from bigtrain.launch.cause import failure_files
@@ -41,7 +42,10 @@ class State:
     why: str  # of failed and stalled: the first cause, as far as the directory knows it
     step: int
     steps: int | None  # that it is to take
-    best: float | None  # lowest held-out loss so far, else the last training loss
+    best: float | None  # lowest held-out loss so far, on the data that the run is on now
+    best_of: (
+        str  # what that is the loss of: "" is the whole held-out set, then "sample" of it, else "training", the last
+    )
     age: float | None  # since the last sign of life
 
 
@@ -68,12 +72,21 @@ def state(path: Path, now: float | None = None) -> State:
     if status in ("finished", "stopped") and result:
         step = int(result.get("train/steps") or step)
         seen.append(_modified(path / "result.json") or 0.0)
-    held_out = [row["eval/loss"] for row in rows if isinstance(row.get("eval/loss"), (int, float))]
-    losses = [row["train/loss"] for row in rows if isinstance(row.get("train/loss"), (int, float))]
     return State(
         path, status, why, step, config.train.steps if config else None,
-        min(held_out) if held_out else losses[-1] if losses else None, now - max(seen) if seen else None,
+        *best(rows, Path(config.data.prepared_dir or "").name if config else None), now - max(seen) if seen else None,
     )  # fmt: skip
+
+
+def best(rows: list[dict[str, Any]], data: str | None) -> tuple[float | None, str]:
+    """The lowest loss of the whole held-out set, else of a sample of it, else the last one of training; and which of
+    them. `data`: the fingerprint of the run's data; what an evaluation of other data gave does not count."""
+    here = [row for row in rows if data is None or row.get("data", data) == data]
+    for name, of in ((f"{WHOLE}loss", ""), (f"{SAMPLE}loss", "sample")):
+        if found := [row[name] for row in here if isinstance(row.get(name), (int, float))]:
+            return min(found), of
+    losses = [row["train/loss"] for row in rows if isinstance(row.get("train/loss"), (int, float))]
+    return (losses[-1], "training") if losses else (None, "")
 
 
 def heartbeats(path: Path) -> list[dict[str, Any]]:
@@ -150,6 +163,12 @@ def _modified(path: Path) -> float | None:
         return None
 
 
+def _best(one: State) -> str:
+    if one.best is None:
+        return "-"
+    return f"{one.best:.4f}" + (f" ({one.best_of})" if one.best_of else "")
+
+
 def table(states: list[State], directory: Path) -> list[str]:
     """Aligned lines, a header first, the latest sign of life last."""
     rows = [["run", "status", "step", "best loss", "age"]]
@@ -158,7 +177,7 @@ def table(states: list[State], directory: Path) -> list[str]:
         name = str(one.path.relative_to(directory)) if one.path.is_relative_to(directory) else str(one.path)
         rows.append([
             name if name != "." else str(one.path), one.status, f"{one.step}{steps}",
-            "-" if one.best is None else f"{one.best:.4f}", "-" if one.age is None else duration(max(0.0, one.age)),
+            _best(one), "-" if one.age is None else duration(max(0.0, one.age)),
         ])  # fmt: skip
     wide = [max(len(row[at]) for row in rows) for at in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(wide[at]) for at, cell in enumerate(row)).rstrip() for row in rows]

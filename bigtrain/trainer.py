@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigtrain import guards, heartbeat
+from bigtrain import guards, heartbeat, held_out
 from bigtrain.batch import Batch, count_tokens
 from bigtrain.checkpoint import Checkpoint, Keep, changes, facts
 from bigtrain.checkpoint import store as checkpoint_store
@@ -68,7 +68,8 @@ class Trainer:
         self.train_data: TrainLoader = task.train_loader(share)
         at_once = max(share.micro_batch, EVAL_TOKENS // config.model.max_seq_len)
         self.held_out = task.held_out(replace(share, micro_batch=at_once))
-        self.held_out_sample = task.held_out(share, config.train.eval_batches)
+        sample = task.held_out(share, config.train.eval_batches)
+        self.held_out_sample = self.held_out if sample.whole else sample
         self.guard = guards.Guard(config.train.guard)
         self.stop = stop  # set by a signal on any rank
         self.step = 0  # optimizer steps done
@@ -160,7 +161,7 @@ class Trainer:
                 if problem:
                     self.hooks.on_warning(self.step, problem)
                 if evaluates:
-                    seen = self.evaluate(self.held_out_sample)
+                    seen = self.evaluate_meanwhile()
                     self.hooks.on_evaluate(self.step, seen)
                 if saves:
                     self._save(seen)
@@ -326,6 +327,12 @@ class Trainer:
                 self.hooks.on_warning(self.step, slow)
         window.clear()
 
+    def evaluate_meanwhile(self) -> dict[str, float]:
+        """Metrics of what train.eval_batches ask for while the run goes on; of a sample by names of their own."""
+        metrics = self.evaluate(self.held_out_sample)
+        sample = self.held_out_sample
+        return metrics if sample.whole else held_out.of_sample(metrics, sample.share)
+
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """The task's metrics over `batches`, which every rank has equally many of."""
@@ -363,7 +370,7 @@ class Trainer:
         if self.saver.pending:
             self._publish()
         if self.step != self.saved_step:
-            self._save(self.evaluate(self.held_out_sample) if self.config.train.keep_best else {})
+            self._save(self.evaluate_meanwhile() if self.config.train.keep_best else {})
         if self.saver.pending and (problem := self._publish()):
             raise BigtrainError(problem)
         self.saver.close()

@@ -13,8 +13,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from bigtrain import runs
-from bigtrain.hooks.console import HEADLINES, count, duration
+from bigtrain import held_out, runs
+from bigtrain.hooks.console import HEADLINES, count, duration, percent
 from bigtrain.hooks.jsonl import read_metrics
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -48,7 +48,7 @@ def view(run: Path, state: runs.State, width: int, bars: str = BARS) -> Renderab
     """The whole picture, as rich draws it."""
     rows = list(read_metrics(run / "metrics.jsonl"))
     steps = [row for row in rows if "perf/step_seconds" in row]
-    last: dict[str, Any] = {name: value for row in rows for name, value in row.items() if value is not None}
+    last = held_out.latest(rows)
     title = Text.assemble((str(run), "bold"), "  ", (state.status, COLOURS.get(state.status, "")))
     if state.why:
         title.append(f"  {state.why}")
@@ -84,10 +84,14 @@ def _left(steps: list[dict[str, Any]], total: int, state: runs.State) -> str:
 
 
 def _numbers(last: dict[str, Any]) -> Table:
+    sampled = held_out.SHARE in last
+    of_sample = {held_out.sample_name(key): key for key in ("eval/loss", *HEADLINES)} if sampled else {}
+    last = {of_sample.get(name, name): value for name, value in last.items()}
     shown: dict[str, tuple[str, Callable[[float], str]]] = {
         "train/loss": ("loss", lambda value: f"{value:.4f}"),
         "eval/loss": ("held-out loss", lambda value: f"{value:.4f}"),
         **{key: (name, lambda value: f"{value:.4g}") for key, name in HEADLINES.items()},
+        held_out.SHARE: ("of the held-out set", percent),
         "train/lr": ("lr", lambda value: f"{value:.1e}"),
         "train/grad_norm": ("gradient norm", lambda value: f"{value:.3g}"),
         "perf/tokens_per_second": ("tokens/s", count),

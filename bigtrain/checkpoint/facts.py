@@ -11,6 +11,7 @@ from typing import Any
 from bigtrain import config as configuration
 from bigtrain.checkpoint.integrity import sha256
 from bigtrain.config import Config, DeepSpeedConfig, objective_names
+from bigtrain.held_out import SHARE, sample_name
 from bigtrain.provenance import code_sha256, versions
 
 
@@ -29,10 +30,13 @@ def of_run(config: Config, tokenizer_file: Path) -> dict[str, Any]:
 
 def metric(objective: str | list[str], seen: dict[str, float]) -> dict[str, Any] | None:
     """The (first) objective as a manifest holds it, lower being better; None unless an evaluation at this very step
-    gave a finite number."""
-    name = objective_names(objective)[0]
-    value = -seen.get(name[1:], math.nan) if name.startswith("-") else seen.get(name, math.nan)
-    return {"name": name, "value": value} if math.isfinite(value) else None
+    gave a finite number, of the whole held-out set or of a sample: `share` says of how much of it."""
+    wanted = objective_names(objective)[0]
+    for name in (wanted, sample_name(wanted)):
+        value = -seen.get(name[1:], math.nan) if name.startswith("-") else seen.get(name, math.nan)
+        if math.isfinite(value):
+            return {"name": name, "value": value, "share": seen.get(SHARE, 1.0)}
+    return None
 
 
 @functools.cache

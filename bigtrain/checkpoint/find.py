@@ -38,6 +38,13 @@ class Checkpoint:
         found: float | None = (self.manifest.get("metric") or {}).get("value")
         return found
 
+    @property
+    def judged_on(self) -> tuple[Any, ...]:
+        """What `metric` is of: metrics of two checkpoints can be compared where it is the same."""
+        metric = self.manifest.get("metric") or {}
+        data = (self.manifest.get("fingerprints") or {}).get("corpus")
+        return metric.get("name"), metric.get("share", 1.0), data
+
 
 @dataclass(frozen=True)
 class Keep:
@@ -45,11 +52,13 @@ class Keep:
 
     newest: int = 2
     every: int = 0  # steps: those at a multiple of it stay for good; 0: none
-    best: bool = False  # and the one with the lowest metric
+    best: bool = False  # and the one with the lowest metric, of those on the data that the newest was judged on
 
     def reasons(self, found: list[Checkpoint]) -> dict[Path, str]:
         """{path: why it stays} of `found`, oldest first; what is not named may go."""
-        best = min((one for one in found if one.metric is not None), key=lambda one: one.metric or 0.0, default=None)
+        judged = [one for one in found if one.metric is not None]
+        comparable = [one for one in judged if one.judged_on == judged[-1].judged_on]
+        best = min(comparable, key=lambda one: one.metric or 0.0, default=None)
         reasons = {}
         for index, one in enumerate(found):
             why = [f"newest {self.newest}"] if index >= len(found) - self.newest else []

@@ -20,6 +20,7 @@ from bigtrain.batch import Batch
 from bigtrain.data.examples import Examples
 from bigtrain.data.sampler import permute, sample_windows
 from bigtrain.errors import BigtrainError
+from bigtrain.held_out import HeldOut
 
 GROUPED = 50  # global batches that are sorted by length together
 MULTIPLE = 8  # lengths are padded to a multiple of it: matrix units like that
@@ -93,7 +94,7 @@ class DrawnTrainLoader:
         return [ordered[first : first + size] for first in range(0, len(ordered), size)]
 
 
-class ExampleEvalLoader:
+class ExampleEvalLoader(HeldOut):
     """Every held-out example once, over all ranks, in order of length. All ranks give the same number of batches:
     rows that are there only for that have index -1.
 
@@ -103,19 +104,13 @@ class ExampleEvalLoader:
     def __init__(self, examples: Examples, collate: Collate, share: Share, max_batches: int | None = None) -> None:
         self._examples, self._collate, self._share = examples, collate, share
         self._order = np.argsort(examples.lengths(), kind="stable")
-        together = share.micro_batch * share.world_size
-        self._all = -(-len(self._order) // together)
-        self._n = min(self._all, max_batches or self._all)
-
-    def __len__(self) -> int:
-        return self._n
+        super().__init__(len(self._order), share.micro_batch * share.world_size, max_batches)
 
     def __iter__(self) -> Iterator[Batch]:
         share = self._share
-        together = share.micro_batch * share.world_size
-        for i in range(self._n):
-            first = (i * self._all // self._n) * together
-            mine = self._order[first : first + together][share.rank :: share.world_size].tolist()
+        for place in self.places():
+            first = place * self._together
+            mine = self._order[first : first + self._together][share.rank :: share.world_size].tolist()
             rows = [_row(self._examples, index) for index in mine]
             while len(rows) < share.micro_batch:
                 rows.append(_row(self._examples, int(self._order[0])) | {"index": np.asarray(-1)})

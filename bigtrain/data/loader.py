@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from bigtrain.batch import IGNORED, Batch
 from bigtrain.data.sampler import sample_windows
 from bigtrain.data.shards import Prepared, TokenShards
+from bigtrain.held_out import HeldOut
 
 
 class _Windows:
@@ -81,7 +82,7 @@ class TrainLoader:
         return windows.reshape(-1, self._micro_batch)
 
 
-class EvalLoader:
+class EvalLoader(HeldOut):
     """The held-out split once, over all ranks: every rank gives the same number of batches, and together they score
     each token but the very first exactly once. What is left over is padded with targets IGNORED.
 
@@ -101,13 +102,9 @@ class EvalLoader:
         self._windows = _Windows(prepared, "held_out", seq_len, isolate_documents)
         self._micro_batch, self._rank, self._world_size = micro_batch, rank, world_size
         n_windows = -(-(len(self._windows.tokens) - 1) // seq_len)
-        self._all = -(-n_windows // (micro_batch * world_size))  # batches per rank
-        self._n = min(self._all, max_batches or self._all)
-
-    def __len__(self) -> int:
-        return self._n
+        super().__init__(n_windows, micro_batch * world_size, max_batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        for i in range(self._n):
-            first = ((i * self._all // self._n) * self._world_size + self._rank) * self._micro_batch
+        for place in self.places():
+            first = (place * self._world_size + self._rank) * self._micro_batch
             yield self._windows.batch(np.arange(first, first + self._micro_batch, dtype=np.int64))

@@ -20,6 +20,7 @@ from bigtrain.config import MaskedLMConfig
 from bigtrain.data.example_loader import Share, pad
 from bigtrain.data.sampler import sample_windows
 from bigtrain.data.shards import Prepared, TokenShards
+from bigtrain.held_out import HeldOut
 
 Ids = NDArray[np.int64]
 DRAWS = 10  # of another B, as in BERT's create_pretraining_data.py: a corpus of one document has no other
@@ -147,20 +148,19 @@ class MaskedTrainLoader:
         return parts
 
 
-class MaskedEvalLoader:
+class MaskedEvalLoader(HeldOut):
     """Every held-out window once, over all ranks, always masked in the same way; ranks give equally many batches."""
 
     def __init__(
         self, rows: MaskedRows, pad_id: int, seq_len: int, share: Share, max_batches: int | None = None
     ) -> None:
         self._rows, self._pad_id, self._seq_len, self._share = rows, pad_id, seq_len, share
-        self._all = -(-rows.n_windows // (share.micro_batch * share.world_size))
-        self._n = min(self._all, max_batches or self._all)
+        super().__init__(rows.n_windows, share.micro_batch * share.world_size, max_batches)
 
     def __iter__(self) -> Iterator[Batch]:
         share = self._share
-        for i in range(self._n):
-            first = ((i * self._all // self._n) * share.world_size + share.rank) * share.micro_batch
+        for place in self.places():
+            first = (place * share.world_size + share.rank) * share.micro_batch
             windows = range(first, first + share.micro_batch)
             rows = [
                 self._rows.row(w, np.random.default_rng((0, w))) if w < self._rows.n_windows else self._rows.filler()

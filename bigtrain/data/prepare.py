@@ -60,23 +60,51 @@ def prepare(config: Config, progress: bool = False) -> Prepared:
     cache = Path(data.cache_dir).expanduser()
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
-        for_encoder = isinstance(config.model, EncoderConfig)
-        loaded, eos_id = load_tokenizer(data.tokenizer.path) if data.tokenizer.path else (None, 0)
-        if loaded is not None:
-            check_vocabulary(config, vocabulary_size(loaded))
-        corpus = open_corpus(data, cache)
-        begin = _begin(config, loaded, eos_id)
-        fingerprint = _fingerprint(corpus, tokenizer_identity(data.tokenizer, loaded, for_encoder), begin)
-        directory = cache / fingerprint
-        if not directory.exists():
-            with locked(cache / f"{fingerprint}.lock", progress):
-                if not directory.exists():
-                    _build(directory, corpus, data, (loaded, eos_id), for_encoder, begin, progress)
-    say_and_record(corpus.left_out, directory)
-    prepared = load_prepared(directory)
+        found = _find(config)
+        if not found.directory.exists():
+            with locked(found.directory.with_suffix(".lock"), progress):
+                if not found.directory.exists():
+                    _build(
+                        found.directory, found.corpus, data, found.tokenizer, found.for_encoder, found.begin, progress
+                    )
+    say_and_record(found.corpus.left_out, found.directory)
+    prepared = load_prepared(found.directory)
     check_vocabulary(config, prepared.vocab_size)
     _check_length(config, prepared)
     return prepared
+
+
+@dataclass(frozen=True)
+class _Found:
+    directory: Path  # where the shards are, or would be
+    corpus: Corpus
+    tokenizer: tuple[Any | None, int]  # if it is there already, and what ends a text
+    for_encoder: bool
+    begin: tuple[int, ...]
+
+
+def _find(config: Config) -> _Found:
+    data = config.data
+    cache = Path(data.cache_dir).expanduser()
+    for_encoder = isinstance(config.model, EncoderConfig)
+    loaded, eos_id = load_tokenizer(data.tokenizer.path) if data.tokenizer.path else (None, 0)
+    if loaded is not None:
+        check_vocabulary(config, vocabulary_size(loaded))
+    corpus = open_corpus(data, cache)
+    begin = _begin(config, loaded, eos_id)
+    fingerprint = _fingerprint(corpus, tokenizer_identity(data.tokenizer, loaded, for_encoder), begin)
+    return _Found(cache / fingerprint, corpus, (loaded, eos_id), for_encoder, begin)
+
+
+def prepared_at(config: Config) -> Path:
+    """Where `prepare` finds or leaves the token shards: a directory named by the fingerprint of their content.
+
+    Raises what that does.
+    """
+    cache = Path(config.data.cache_dir).expanduser()
+    with writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        return _find(config).directory
 
 
 def prepare_held_out(config: Config, directory: Path, key: str) -> Prepared:

@@ -64,23 +64,12 @@ def prepare_examples(config: Config) -> PreparedExamples:
     Raises ConfigError for records that cannot be read, a label that only the held-out part has, a tokenizer without
     the special tokens that the task needs, and a split without an example.
     """
-    data = config.data
-    assert isinstance(data, (LabelledDataConfig, StdlibDataConfig))
-    cache = Path(data.cache_dir).expanduser()
+    cache = Path(config.data.cache_dir).expanduser()
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
-        loaded = find_tokenizer(data.tokenizer.path) if data.tokenizer.path else None
-        records = open_records(data, record_kind(config.task), cache)
-        marks = CHATML if isinstance(config.task, InstructionConfig) and config.task.template == "chatml" else ()
-        if loaded is not None and _may_grow(config):
-            loaded.add_special_tokens(list(marks))
-        identity = tokenizer_identity(data.tokenizer, loaded, _marks_texts(config), marks)
-        if isinstance(config.task, InstructionConfig) and config.task.template == "tokenizer":
-            identity["chat_template"] = chat_template(loaded)
-        fingerprint = _fingerprint(config, records, identity)
-        directory = cache / fingerprint
+        directory, records, loaded, marks = _find(config)
         if not directory.exists():
-            with locked(cache / f"{fingerprint}.lock", config.logger.progress):
+            with locked(directory.with_suffix(".lock"), config.logger.progress):
                 if not directory.exists():
                     _build(directory, config, records, loaded, marks)
     say_and_record(records.left_out, directory)
@@ -103,6 +92,34 @@ def _may_grow(config: Config) -> bool:
     """Whether the tokenizer may get tokens that it has not: no weights are there yet whose rows they would need."""
     started = config.init_from is not None or isinstance(config.model, HuggingFaceConfig)
     return not started and config.compress.distil is None
+
+
+def _find(config: Config) -> tuple[Path, Records, Any | None, Sequence[str]]:
+    """(where the examples are or would be, the records, the tokenizer if it is there already, marks
+    of a chat's turns that it gets)."""
+    data = config.data
+    assert isinstance(data, (LabelledDataConfig, StdlibDataConfig))
+    cache = Path(data.cache_dir).expanduser()
+    loaded = find_tokenizer(data.tokenizer.path) if data.tokenizer.path else None
+    records = open_records(data, record_kind(config.task), cache)
+    marks = CHATML if isinstance(config.task, InstructionConfig) and config.task.template == "chatml" else ()
+    if loaded is not None and _may_grow(config):
+        loaded.add_special_tokens(list(marks))
+    identity = tokenizer_identity(data.tokenizer, loaded, _marks_texts(config), marks)
+    if isinstance(config.task, InstructionConfig) and config.task.template == "tokenizer":
+        identity["chat_template"] = chat_template(loaded)
+    return cache / _fingerprint(config, records, identity), records, loaded, marks
+
+
+def examples_at(config: Config) -> Path:
+    """Where `prepare_examples` finds or leaves the examples: a directory named by the fingerprint of their content.
+
+    Raises what that does.
+    """
+    cache = Path(config.data.cache_dir).expanduser()
+    with writing(cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        return _find(config)[0]
 
 
 def _marks_texts(config: Config) -> bool:

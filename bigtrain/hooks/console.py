@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 
+from bigtrain.held_out import SHARE, sample_name
 from bigtrain.hints import next_commands
 from bigtrain.hooks.base import Hook, Metrics, RunInfo
 
@@ -62,8 +63,7 @@ class ConsoleHook(Hook):
             self._say(f"step {step}/{self._steps}  {step_line(metrics, left)}")
 
     def on_evaluate(self, step: int, metrics: Metrics) -> None:
-        shown = "  ".join(f"{name} {metrics[key]:.4g}" for key, name in HEADLINES.items() if key in metrics)
-        self._say(f"step {step}/{self._steps}  held-out loss {metrics['eval/loss']:.4f}  {shown}".rstrip())
+        self._say(f"step {step}/{self._steps}  {evaluation_line(metrics)}")
 
     def on_warning(self, step: int, message: str) -> None:
         self._say(f"step {step}/{self._steps}  warning: {message}")
@@ -119,6 +119,23 @@ def _columns(terminal: TextIO | None) -> int | None:
     with suppress(OSError, ValueError):
         return os.get_terminal_size(terminal.fileno()).columns
     return None
+
+
+def evaluation_line(metrics: Metrics) -> str:
+    """held-out loss 2.5000  accuracy 0.81, and of a sample how much of the held-out set it is."""
+    share = metrics.get(SHARE)
+    names = {key if share is None else sample_name(key): name for key, name in HEADLINES.items()}
+    loss = metrics["eval/loss" if share is None else sample_name("eval/loss")]
+    parts = [
+        f"held-out loss {loss:.4f}",
+        *(f"{name} {metrics[key]:.4g}" for key, name in names.items() if key in metrics),
+    ]
+    return "  ".join(parts) + ("" if share is None else f"  ({percent(share)} of the held-out set)")
+
+
+def percent(share: float) -> str:
+    """14%, 0.3%"""
+    return f"{100 * share:.2g}%" if share < 0.1 else f"{100 * share:.0f}%"
 
 
 def step_line(metrics: Metrics, seconds_left: float | None) -> str:

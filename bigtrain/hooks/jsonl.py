@@ -14,7 +14,8 @@ from bigtrain.hooks.base import Hook, Metrics, RunInfo
 
 
 class JsonlHook(Hook):
-    """Appends {"step", "time" (unix seconds), metrics ...}; a number that is not finite is written as null.
+    """Appends {"step", "time" (unix seconds), metrics ...}; a number that is not finite is written as null. An
+    evaluation also has "data", the fingerprint of the data that it is of: a run may go on with other data.
 
     Each line is one unbuffered write, so a killed run leaves whole lines (but perhaps the last). A resumed run
     first drops the lines of steps that it will do again, and a torn last line.
@@ -26,6 +27,7 @@ class JsonlHook(Hook):
         self._file: int | None = None
 
     def on_start(self, info: RunInfo) -> None:
+        self._data = Path(info.config.data.prepared_dir or "").name
         self._path = info.run_dir / "metrics.jsonl"
         self._open(info.start_step if info.resumed else 0)
 
@@ -38,24 +40,27 @@ class JsonlHook(Hook):
         self._open(step)
 
     def on_step(self, step: int, metrics: Metrics) -> None:
-        if self._file is None:
-            return
-        numbers = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-        line = json.dumps({"step": step, "time": round(time.time(), 3), **numbers}) + "\n"
-        os.write(self._file, line.encode())
+        self._write(step, _finite(metrics))
 
     def on_evaluate(self, step: int, metrics: Metrics) -> None:
-        self.on_step(step, metrics)
+        self._write(step, {"data": self._data, **_finite(metrics)})
 
     def on_warning(self, step: int, message: str) -> None:
+        self._write(step, {"warning": message})
+
+    def _write(self, step: int, row: dict[str, Any]) -> None:
         if self._file is not None:
-            line = json.dumps({"step": step, "time": round(time.time(), 3), "warning": message}) + "\n"
+            line = json.dumps({"step": step, "time": round(time.time(), 3), **row}) + "\n"
             os.write(self._file, line.encode())
 
     def close(self) -> None:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def _finite(metrics: Metrics) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

@@ -21,6 +21,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bigtrain.config import WandbConfig, fingerprint, to_dict
+from bigtrain.held_out import SAMPLE, WHOLE
 from bigtrain.hooks.base import Hook, Metrics, RunInfo
 from bigtrain.hooks.jsonl import read_metrics
 from bigtrain.provenance import code_sha256
@@ -111,14 +112,19 @@ class WandbHook(Hook):
         self._run.define_metric("step", hidden=True)
         self._run.define_metric("data/tokens", step_metric="step")
         self._run.define_metric("*", step_metric=axis)
-        self._run.define_metric("eval/loss", step_metric=axis, summary="min")
+        for name in (f"{WHOLE}loss", f"{SAMPLE}loss"):
+            self._run.define_metric(name, step_metric=axis, summary="min")
         self._begin(info)
         if info.resumed:  # a killed run's last rows may not have reached wandb; metrics.jsonl has them
             for row in read_metrics(info.run_dir / "metrics.jsonl"):
                 if row["step"] <= info.start_step:
                     self.on_step(
                         row.pop("step"),
-                        {name: value for name, value in row.items() if name != "time" and value is not None},
+                        {
+                            name: value
+                            for name, value in row.items()
+                            if name != "time" and isinstance(value, (int, float))
+                        },
                     )
 
     def _begin(self, info: RunInfo) -> None:

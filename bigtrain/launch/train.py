@@ -101,6 +101,7 @@ def train(config: Config, say: Callable[[str], None], continue_command: Callable
         found = run_dir.check_resume(path, config, before)
         _check_changes(config, before, found)
         if before is not None and (result := _finished(path, config)) is not None:
+            _check_finished(config, before, found, result, say)
             first = next(iter(next_commands(config.task.kind, str(path)).items()))
             say(
                 f"{path} is finished at step {result.get('train/steps')}; "
@@ -201,6 +202,35 @@ def _finished(path: Path, config: Config) -> dict[str, Any] | None:
     if result is None or result.get("status") != "finished":
         return None
     return result if result.get("train/steps", 0) >= config.train.steps else None
+
+
+def _check_finished(
+    config: Config, before: Config, found: Checkpoint | None, result: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    """A finished run answers for what it was trained on, by that data's fingerprint, and for nothing else.
+
+    Raises ConfigError where something that would change the result is different now: also where `resume_allow` names
+    it, as there is no step left for it.
+    """
+    try:
+        now = replace(config, data=replace(config.data, prepared_dir=str(_prepared_at(config))))
+    except BigtrainError as error:  # moved or deleted since, or a dataset that cannot be asked for
+        say(f"whether the data of {config.run_dir} has changed cannot be told: {error}")
+        now = config
+    named = [change for change in _check_changes(now, before, found) if change.verdict == "named"]
+    if named:
+        shown = ", ".join(map(str, named))
+        raise ConfigError(
+            "train.steps", config.train.steps, f"{config.run_dir} has finished {result['train/steps']} steps, none is"
+            f" left for what has changed ({shown})", "ask for more steps, or name another run_dir",
+        )  # fmt: skip
+
+
+def _prepared_at(config: Config) -> Path:
+    """Where the data of `config` is prepared, or would be: named by its fingerprint."""
+    from bigtrain import data
+
+    return data.examples_at(config) if isinstance(config.task, LABELLED_TASKS) else data.prepared_at(config)
 
 
 def objective(result: dict[str, Any], names: str | list[str]) -> float:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bigtrain.held_out import sample_name
 from bigtrain.hooks.jsonl import read_metrics
 
 POLL_SECONDS = 0.5
@@ -65,12 +66,13 @@ class Pruning:
                     os.kill(os.getpid(), signal.SIGTERM)
 
     def _new_rows(self) -> list[tuple[int, float]]:
-        """(step, value to be minimised), each step once."""
+        """(step, value to be minimised), each step once: of the whole held-out set, or of the sample that the trials
+        are evaluated on while they go on."""
         name, sign = self.metric.lstrip("-"), -1 if self.metric.startswith("-") else 1
         found = []
         with contextlib.suppress(OSError):
             for row in read_metrics(self.path):
-                value = row.get(name)
+                value = row.get(name, row.get(sample_name(name)))
                 if isinstance(value, (int, float)) and math.isfinite(value) and row["step"] not in self._reported:
                     self._reported.add(row["step"])
                     found.append((row["step"], sign * float(value)))

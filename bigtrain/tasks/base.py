@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from bigtrain.batch import Batch, LossSums
 from bigtrain.config import ModelConfig
 from bigtrain.data.example_loader import Share
+from bigtrain.held_out import HeldOut
 
 
 class TrainLoader(Protocol):
@@ -50,8 +50,8 @@ class Task(Protocol):
 
     def train_loader(self, share: Share) -> TrainLoader: ...
 
-    def held_out(self, share: Share, max_batches: int | None = None) -> Iterable[Batch]:
-        """Held-out batches of this rank; every rank has equally many."""
+    def held_out(self, share: Share, max_batches: int | None = None) -> HeldOut:
+        """Held-out batches of this rank, all of them or an even sample."""
         ...
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSums:

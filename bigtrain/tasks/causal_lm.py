@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from bigtrain.config import CausalLMConfig, Config, HuggingFaceConfig, LabelledD
 from bigtrain.data import load_prepared
 from bigtrain.data.example_loader import Share
 from bigtrain.data.loader import EvalLoader, TrainLoader
+from bigtrain.held_out import HeldOut
 from bigtrain.tasks.base import Evaluated, Totals
 
 
@@ -44,7 +44,7 @@ class CausalLM:
             isolate_documents=self.isolate_documents, shift=share.shift,
         )  # fmt: skip
 
-    def held_out(self, share: Share, max_batches: int | None = None) -> Iterable[Batch]:
+    def held_out(self, share: Share, max_batches: int | None = None) -> HeldOut:
         return EvalLoader(
             self.data, self.length, share.micro_batch, share.rank, share.world_size,
             max_batches=max_batches, isolate_documents=self.isolate_documents,

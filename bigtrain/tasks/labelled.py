@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from bigtrain.data.example_loader import (
     stack,
 )
 from bigtrain.data.examples import Examples, load_examples
+from bigtrain.held_out import HeldOut
 from bigtrain.models import Encoder
 from bigtrain.models.network import Network
 from bigtrain.tasks.base import Totals, TrainLoader
@@ -102,6 +102,10 @@ class LabelledTask(ABC):
         """The numbers of the labels that were given, and of those that are right; None for what gives no labels."""
         return None
 
+    def by_label(self, totals: Totals) -> list[dict[str, Any]] | None:
+        """The table by label, of a task that counts more than single labels; None: the labels are counted."""
+        return None
+
     @abstractmethod
     def prediction(self, row: Any) -> dict[str, Any]:
         """A row of the predictions file, of what `join` gave for a record."""
@@ -112,7 +116,7 @@ class LabelledTask(ABC):
             return DrawnTrainLoader(examples, self.collate, share)
         return ExampleTrainLoader(examples, self.collate, share)
 
-    def held_out(self, share: Share, max_batches: int | None = None) -> Iterable[Batch]:
+    def held_out(self, share: Share, max_batches: int | None = None) -> HeldOut:
         return ExampleEvalLoader(Examples(self.data, "held_out"), self.collate, share, max_batches)
 
     def inputs(self, rows: Rows) -> Batch:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from bigtrain.data.masked_loader import (
     word_beginnings,
 )
 from bigtrain.data.tokenizer import require_special, special_ids
+from bigtrain.held_out import HeldOut
 from bigtrain.models.heads import MaskedLMHead, PairHead
 from bigtrain.tasks.base import Evaluated, Totals
 from bigtrain.tasks.labelled import WithHead, build_encoder
@@ -93,7 +93,7 @@ class MaskedLM:
     def train_loader(self, share: Share) -> MaskedTrainLoader:
         return MaskedTrainLoader(self._rows("train"), self.vocabulary.special_ids["pad"], self.length, share)
 
-    def held_out(self, share: Share, max_batches: int | None = None) -> Iterable[Batch]:
+    def held_out(self, share: Share, max_batches: int | None = None) -> HeldOut:
         pad_id = self.vocabulary.special_ids["pad"]
         return MaskedEvalLoader(self._rows("held_out"), pad_id, self.length, share, max_batches)
 

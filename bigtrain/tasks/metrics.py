@@ -7,6 +7,7 @@ import string
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -73,6 +74,20 @@ def tagging(predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]]) -
             "eval/recall": float(recall_score(true, predicted, zero_division=0)),
             "eval/f1": float(f1_score(true, predicted, zero_division=0)),
         }
+
+
+def entities(predicted: Sequence[Sequence[str]], true: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """Precision, recall, F1 and number of whole entities of each type, as seqeval's classification_report has them."""
+    from seqeval.metrics import classification_report
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = classification_report(true, predicted, output_dict=True, zero_division=0)
+    return [
+        {"label": name, "precision": float(row["precision"]), "recall": float(row["recall"]),
+         "f1": float(row["f1-score"]), "entities": int(row["support"])}
+        for name, row in found.items() if not name.endswith(" avg")
+    ]  # fmt: skip
 
 
 def squad_scores(predicted: str, golds: Sequence[str]) -> tuple[float, float]:

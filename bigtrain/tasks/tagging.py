@@ -65,9 +65,19 @@ class Tagging(LabelledTask):
         return tuple([tag for _, row in parts for tag in row[side]] for side in (0, 1))
 
     def metrics(self, totals: Totals) -> dict[str, float]:
+        return {"eval/loss": totals.nll / totals.targets} | metrics.tagging(*self._tags(totals))
+
+    def _tags(self, totals: Totals) -> tuple[list[list[str]], list[list[str]]]:
+        """(predicted, true) of each sentence."""
         found = [totals.predictions[index] for index in sorted(totals.predictions)]
         predicted, true = ([[self.labels[tag] for tag in row[side]] for row in found] for side in (0, 1))
-        return {"eval/loss": totals.nll / totals.targets} | metrics.tagging(predicted, true)
+        return predicted, true
+
+    def by_label(self, totals: Totals) -> list[dict[str, Any]] | None:
+        """Whole entities by their type; None where the tags are of single words, as parts of speech are."""
+        if not all(label == "O" or label[1:2] == "-" for label in self.labels):
+            return None
+        return metrics.entities(*self._tags(totals))
 
     def predicted_and_true(self, totals: Totals) -> tuple[list[int], list[int]]:
         """Word by word."""

@@ -79,3 +79,20 @@ def test_what_stays(tmp_path: Path) -> None:
     assert kept(Keep(2, best=True)) == {"20": "best", "40": "newest 2", "50": "newest 2"}
     assert kept(Keep(1, every=20)) == {"20": "every 20", "40": "every 20", "50": "newest 1"}
     assert kept(Keep(1, 25, True)) == {"20": "best", "50": "newest 1, every 25"}
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"fingerprints": {"corpus": "b"}},
+        {"metric": {"name": "eval_sample/loss", "value": 2.0, "share": 0.5}},
+        {"metric": {"name": "-eval/accuracy", "value": 2.0}},
+    ],
+)
+def test_the_best_is_of_what_the_newest_was_judged_on(tmp_path: Path, other: dict[str, Any]) -> None:
+    same = {"fingerprints": {"corpus": "a"}, "metric": {"name": "eval/loss", "value": 2.0}}
+    make(tmp_path, 10, **same | {"metric": {"name": "eval/loss", "value": 1.0}})
+    make(tmp_path, 20, **same)
+    assert list(Keep(1, best=True).reasons(checkpoints(tmp_path)).values()) == ["best", "newest 1"]
+    make(tmp_path, 30, **same | other)
+    assert [path.name for path in Keep(1, best=True).reasons(checkpoints(tmp_path))] == ["step-00000030"]

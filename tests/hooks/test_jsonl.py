@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from bigtrain.config import Config, TextDataConfig
 from bigtrain.hooks.jsonl import JsonlHook, read_metrics
 from tests.hooks.runs import run_info
 
@@ -28,14 +29,15 @@ def rows(run_dir: Path) -> list[dict[str, Any]]:
 
 def test_a_line_holds_step_time_and_metrics_and_is_there_at_once(tmp_path: Path) -> None:
     hook = JsonlHook()
-    hook.on_start(run_info(tmp_path))
+    config = Config(run_dir=str(tmp_path), data=TextDataConfig(prepared_dir="cache/abc"))
+    hook.on_start(run_info(tmp_path, config=config))
     hook.on_step(1, {"train/loss": 8.5, "train/grad_norm": math.inf})
     hook.on_evaluate(1, {"eval/loss": 8.0})
     train, evaluation = rows(tmp_path)  # before close
     assert train.keys() == {"step", "time", "train/loss", "train/grad_norm"}
     assert (train["step"], train["train/loss"], train["train/grad_norm"]) == (1, 8.5, None)
     assert abs(train["time"] - time.time()) < 60
-    assert evaluation["eval/loss"] == 8.0
+    assert (evaluation["eval/loss"], evaluation["data"]) == (8.0, "abc")
     hook.close()
     hook.close()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from bigtrain import confusion
 from bigtrain.tasks import metrics
 
 
@@ -43,3 +44,20 @@ def test_entities_count_whole() -> None:
     assert found["eval/precision"] == pytest.approx(2 / 4)
     assert found["eval/recall"] == pytest.approx(2 / 3)
     assert found["eval/f1"] == pytest.approx(2 * 0.5 * (2 / 3) / (0.5 + 2 / 3))
+
+
+def test_entities_are_counted_whole_and_by_type() -> None:
+    """The numbers of seqeval's own table."""
+    from seqeval.metrics import classification_report
+
+    true = [["B-PER", "I-PER", "O", "B-LOC"], ["B-LOC", "I-LOC", "O"]]
+    predicted = [["B-PER", "O", "O", "B-LOC"], ["B-LOC", "I-LOC", "B-ORG"]]
+    report = classification_report(true, predicted, output_dict=True, zero_division=0)
+    rows = metrics.entities(predicted, true)
+    assert [(row["label"], row["entities"]) for row in rows] == [("LOC", 2), ("ORG", 0), ("PER", 1)]
+    for row in rows:
+        of_type = report[row["label"]]
+        assert (row["precision"], row["recall"], row["f1"]) == tuple(
+            of_type[name] for name in ("precision", "recall", "f1-score")
+        )
+    assert confusion.table(rows).splitlines()[0].split() == ["label", "precision", "recall", "F1", "entities"]
