@@ -49,6 +49,7 @@ from bigtrain.errors import ConfigError
 from bigtrain.files import fsync, write_atomic
 
 ENCODED_TOGETHER = 1000  # records
+GAPS = ("nan", "<na>", "na", "n/a", "nat", "null")  # as pandas and others write them
 MOST_SEEN = 100_000  # different labels: beyond it none is missed
 # Fields of a task that no encoder reads: they are about the loss, batches or evaluation. Every other field is part of
 # the cache's fingerprint, so that one that is added cannot reuse what was encoded without it.
@@ -240,6 +241,8 @@ class _Seen:
             found.append(f"all training examples have the one {what} {only!r}: there is nothing to tell apart")
         if new := sorted(held_out - train) if not number else []:
             found.append(f"no training example has what held-out ones have, and none can be right: {listed(new)}")
+        if gaps := sorted(label for label in train | held_out if str(label).lower() in GAPS):
+            found.append(f"taken for a label like the others: {listed(gaps)}; if it is a gap, remove those rows")
         return found
 
 

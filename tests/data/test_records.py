@@ -115,7 +115,7 @@ def test_a_quote_in_tsv_does_not_swallow_lines(tmp_path: Path) -> None:
 
 def test_csv_cells_may_span_lines(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('text,label\n"one\ntwo",1\nthree,0\n"four",\n')
-    with pytest.raises(ConfigError, match=r"a\.csv.*line 5: empty label"):
+    with pytest.raises(ConfigError, match=r"a\.csv.*line 5: no label; remove the row, or fill it in"):
         read(tmp_path / "a.csv", "classification")
 
 
@@ -467,7 +467,7 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "nothing to learn": (
         "instruction", "a.jsonl", jsonl({"messages": [{"role": "user", "content": "do"}]}), "no answer of the assistant"
     ),
-    "no response": ("instruction", "a.jsonl", jsonl({"prompt": "do", "response": ""}), "line 1: empty response"),
+    "no response": ("instruction", "a.jsonl", jsonl({"prompt": "do", "response": ""}), "line 1: no response"),
     "latin-1": ("classification", "a.csv", "text,label\n\udce9,1\n", "not UTF-8 at byte 11"),
 }  # fmt: skip
 
