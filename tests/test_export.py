@@ -163,7 +163,7 @@ def test_a_run_that_answers_takes_its_chat_template_along(template: Any, tmp_pat
     begun = "<|im_start|>assistant\n" if template == "chatml" else ""
     assert asked == tokenizer.bos_token + "".join(pieces) + begun
     alone = tokenizer.apply_chat_template(chat[2:], tokenize=False, add_generation_prompt=True)
-    assert alone == tokenizer.bos_token + Chat(template, find_tokenizer(str(run))).prompt_text("def")
+    assert alone == "".join(Chat(template, find_tokenizer(str(run))).prompt("def").pieces)
 
 
 def test_chatml_with_its_marks_as_tokens_is_read_by_transformers_as_it_was_trained(tmp_path: Path) -> None:

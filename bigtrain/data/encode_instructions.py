@@ -179,11 +179,6 @@ class Chat:
         pieces = [piece or token for piece, token in zip(pieces, encoding.tokens, strict=True)]
         return Prompt([*self.begin, *encoding.ids], begins + pieces, [None] * len(begins) + list(encoding.word_ids))
 
-    def prompt_text(self, prompt: str) -> str:
-        """The same as one text, without its beginning."""
-        read = self.prompt(prompt)
-        return "".join(read.pieces[len(self.begin) :])
-
     def _shown(self, text: str) -> str:
         return text if self._reader is None else self._reader.unmarked(text)
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from bigtrain.config import (
     ClassificationConfig,
@@ -95,9 +95,10 @@ def prepare_examples(config: Config) -> PreparedExamples:
     return prepared
 
 
-def say(notes: Iterable[str]) -> None:
+def say(notes: Iterable[str], file: TextIO | None = None) -> None:
+    """A line each on `file`, the terminal's standard output by default."""
     for note in notes:
-        print(f"warning: {note}", flush=True)
+        print(f"warning: {note}", file=file, flush=True)
 
 
 def _may_grow(config: Config) -> bool:

@@ -50,7 +50,7 @@ def test_only_the_response_is_learned_and_that_it_ends(tokenizer: Any) -> None:
     read, learned = encode(tokenizer, {"prompt": "two plus two?", "response": "four"})
     assert read == "<|endoftext|>two plus two?\nfour"
     assert learned == ["four<|endoftext|>"]
-    assert Chat("plain", tokenizer).prompt_text("two plus two?") == "two plus two?\n"
+    assert "".join(Chat("plain", tokenizer).prompt("two plus two?").pieces) == "<|endoftext|>two plus two?\n"
 
 
 def test_every_answer_of_a_conversation(tokenizer: Any) -> None:
@@ -65,7 +65,7 @@ def test_chatml_marks_the_roles(tokenizer: Any) -> None:
     assert read.startswith("<|endoftext|><|im_start|>user\ntwo plus two?<|im_end|>\n<|im_start|>assistant\nfour")
     assert learned == ["four<|im_end|><|endoftext|>"]
     chat = Chat("chatml", tokenizer)
-    assert chat.prompt_text("hi") == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert "".join(chat.prompt("hi").pieces) == "<|endoftext|><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
     assert (chat.closing, chat.closing_text) == (None, "<|im_end|>")
 
 
@@ -174,7 +174,7 @@ def test_what_a_template_cannot_do_is_one_line(tmp_path: Path, tokenizer: Any) -
         thinking: "the prompt of response 1 is not the beginning of what the tokenizer's chat template writes",
         "{{ raise_exception('roles must alternate') }}": r"a conversation of user, assistant \(roles must alternate\)",
         "{% for %}": r"does not parse: line 1: .*; mend it, or take plain or chatml",
-        "{{ 1 // 0 }}": r"a conversation of user \(integer division or modulo by zero\)",
+        "{{ 1 // 0 }}": r"a conversation of user, assistant \(integer division or modulo by zero\)",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}": "access to attribute '__class__' of 'str' object is unsafe",
     }.items():
         with pytest.raises(ConfigError, match=said) as raised:
