@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -104,7 +105,8 @@ def _data(run: Path, config: Config, data: list[str], columns: dict[str, str | i
         records = open_held_out(described, record_kind(config.task), labels, Path(directory), "--data")
         used = replace(config, data=replace(described, prepared_dir=directory))
         tokenizer = find_tokenizer(str(run / "tokenizer"), "RUN")
-        say(write_examples(Path(directory), used, tokenizer, labels, records))
+        notes = write_examples(Path(directory), used, tokenizer, labels, records)
+        say(notes, file=sys.stderr)
         say_and_record(records.left_out, Path(directory))
         yield used
 

@@ -32,8 +32,8 @@ from bigtrain.config import (
     TextDataConfig,
     dump,
 )
-from bigtrain.data.encode_instructions import prompt_text, rendered
-from bigtrain.data.tokenizer import find_tokenizer, train_tokenizer
+from bigtrain.data.encode_instructions import Chat, rendered
+from bigtrain.data.tokenizer import CHATML, find_tokenizer, train_tokenizer
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.export import export, export_quantized
 from bigtrain.files import write_atomic
@@ -163,7 +163,23 @@ def test_a_run_that_answers_takes_its_chat_template_along(template: Any, tmp_pat
     begun = "<|im_start|>assistant\n" if template == "chatml" else ""
     assert asked == tokenizer.bos_token + "".join(pieces) + begun
     alone = tokenizer.apply_chat_template(chat[2:], tokenize=False, add_generation_prompt=True)
-    assert alone == tokenizer.bos_token + prompt_text("def", template)
+    assert alone == "".join(Chat(template, find_tokenizer(str(run))).prompt("def").pieces)
+
+
+def test_chatml_with_its_marks_as_tokens_is_read_by_transformers_as_it_was_trained(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", Config(model=GPT, task=InstructionConfig(template="chatml")), models.build(GPT))
+    tokenizer = find_tokenizer(str(run))
+    tokenizer.add_special_tokens(list(CHATML))
+    tokenizer.save(str(run / "tokenizer" / "tokenizer.json"))
+    theirs = transformers.AutoTokenizer.from_pretrained(out := export(run, tmp_path / "out"))
+    chat = [{"role": "user", "content": "def main():\n"}, {"role": "assistant", "content": "return 0"}]
+    ids, learned = Chat("chatml", tokenizer).conversation(chat)
+    assert ids == theirs.apply_chat_template(chat, return_dict=False)
+    assert theirs.decode([token for token, own in zip(ids, learned, strict=True) if own]) == "return 0<|im_end|>"
+    prompt = theirs.apply_chat_template(chat[:1], add_generation_prompt=True, return_dict=False)
+    assert Chat("chatml", tokenizer).prompt("def main():\n").ids == prompt
+    end = json.loads((out / "generation_config.json").read_text())["eos_token_id"]
+    assert theirs.convert_ids_to_tokens(end) == ["<|im_end|>", "<|endoftext|>"]
 
 
 def test_the_tokenizers_own_chat_template_and_tokens_go_along(tmp_path: Path) -> None:

@@ -338,8 +338,9 @@ def test_an_answer_ends_before_the_mark_of_its_template(
     run = random_run(tmp_path, Config(model=model, task=InstructionConfig(template="chatml")))
     tokenizer = find_tokenizer(str(run))
     if special:
-        tokenizer.add_special_tokens(["<|im_end|>"])
+        tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
         tokenizer.save(str(run / "tokenizer" / "tokenizer.json"))
+    tokenizer.encode_special_tokens = False
     text = tokenizer.encode("four.<|im_end|>", add_special_tokens=False).ids
     assert (len(text) < 8) == special
     reciting = Reciting(text, model)

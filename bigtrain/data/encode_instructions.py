@@ -139,8 +139,7 @@ class Chat:
     the mark that the tokenizer's template writes, or else with the end-of-text token.
 
     `closing` is the control token that ends a response, None where the end-of-text token alone does; `closing_text` is
-    what is spelled in several tokens there, or nothing. Raises ConfigError for a template of the tokenizer's that
-    cannot write a question and its answer.
+    what is spelled in several tokens there, or nothing. Raises ConfigError where the tokenizer has no chat template.
     """
 
     def __init__(self, template: str, tokenizer: Any) -> None:
@@ -179,11 +178,6 @@ class Chat:
         pieces = [self._shown(text[start:end]) for start, end in encoding.offsets]
         pieces = [piece or token for piece, token in zip(pieces, encoding.tokens, strict=True)]
         return Prompt([*self.begin, *encoding.ids], begins + pieces, [None] * len(begins) + list(encoding.word_ids))
-
-    def prompt_text(self, prompt: str) -> str:
-        """The same as one text, without its beginning."""
-        read = self.prompt(prompt)
-        return "".join(read.pieces[len(self.begin) :])
 
     def _shown(self, text: str) -> str:
         return text if self._reader is None else self._reader.unmarked(text)
@@ -262,7 +256,11 @@ class Chat:
 def _closing_mark(tokenizer: Any) -> str:
     """What the tokenizer's chat template writes after a response, before a line break or the end; or nothing."""
     asked, answer = {"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}
-    return by_chat_template(tokenizer, [asked, answer]).rpartition("answer")[2].strip()
+    chat_template(tokenizer)  # there has to be one
+    try:
+        return by_chat_template(tokenizer, [asked, answer]).rpartition("answer")[2].strip()
+    except ConfigError:
+        return ""  # it may want more than a question; what it cannot write at all is found with the first record
 
 
 # --------------------------------------------------------------------------------------------------- the encoder

@@ -402,7 +402,7 @@ def _check_lengths(found: dict[str, Any], columns: dict[str, str], fail: Failure
     words, tags = found["words"], found["tags"]
     if len(words) != len(tags):
         called = [_called(name, columns[name]) for name in ("words", "tags")]
-        raise fail(f"{called[0]} has {len(words)} words, {called[1]} has {len(tags)} tags", "each word needs one tag")
+        raise fail(f"{len(words)} in {called[0]}, {len(tags)} in {called[1]}", "each word needs one tag")
 
 
 def check_answers(context: str, answers: list[dict[str, Any]], fail: Failure) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from bigtrain.config import (
     ClassificationConfig,
@@ -49,6 +49,7 @@ from bigtrain.errors import ConfigError
 from bigtrain.files import fsync, write_atomic
 
 ENCODED_TOGETHER = 1000  # records
+GAPS = ("nan", "<na>", "na", "n/a", "nat", "null")  # as pandas and others write them
 MOST_SEEN = 100_000  # different labels: beyond it none is missed
 # Fields of a task that no encoder reads: they are about the loss, batches or evaluation. Every other field is part of
 # the cache's fingerprint, so that one that is added cannot reuse what was encoded without it.
@@ -83,9 +84,10 @@ def prepare_examples(config: Config) -> PreparedExamples:
     return prepared
 
 
-def say(notes: Iterable[str]) -> None:
+def say(notes: Iterable[str], file: TextIO | None = None) -> None:
+    """A line each on `file`, the terminal's standard output by default."""
     for note in notes:
-        print(f"warning: {note}", flush=True)
+        print(f"warning: {note}", file=file, flush=True)
 
 
 def _may_grow(config: Config) -> bool:
@@ -257,6 +259,8 @@ class _Seen:
             found.append(f"all training examples have the one {what} {only!r}: there is nothing to tell apart")
         if new := sorted(held_out - train) if not number else []:
             found.append(f"no training example has what held-out ones have, and none can be right: {listed(new)}")
+        if gaps := sorted(label for label in train | held_out if str(label).lower() in GAPS):
+            found.append(f"taken for a label like the others: {listed(gaps)}; if it is a gap, remove those rows")
         return found
 
 

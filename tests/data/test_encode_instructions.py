@@ -11,8 +11,8 @@ import transformers
 
 from bigtrain.config import Config, InstructionConfig
 from bigtrain.data.encode_examples import example_encoder
-from bigtrain.data.encode_instructions import InstructionEncoder, closing_mark, prompt_text, prompt_tokens
-from bigtrain.data.tokenizer import find_tokenizer, load_tokenizer, train_tokenizer
+from bigtrain.data.encode_instructions import Chat, InstructionEncoder
+from bigtrain.data.tokenizer import CHATML, find_tokenizer, load_tokenizer, train_tokenizer
 from bigtrain.errors import ConfigError
 
 CHAT = [
@@ -50,7 +50,7 @@ def test_only_the_response_is_learned_and_that_it_ends(tokenizer: Any) -> None:
     read, learned = encode(tokenizer, {"prompt": "two plus two?", "response": "four"})
     assert read == "<|endoftext|>two plus two?\nfour"
     assert learned == ["four<|endoftext|>"]
-    assert prompt_text("two plus two?", "plain") == "two plus two?\n"
+    assert "".join(Chat("plain", tokenizer).prompt("two plus two?").pieces) == "<|endoftext|>two plus two?\n"
 
 
 def test_every_answer_of_a_conversation(tokenizer: Any) -> None:
@@ -60,10 +60,30 @@ def test_every_answer_of_a_conversation(tokenizer: Any) -> None:
 
 
 def test_chatml_marks_the_roles(tokenizer: Any) -> None:
+    """Of a tokenizer that has not the marks they are spelled, and an end of text follows."""
     read, learned = encode(tokenizer, {"messages": CHAT[1:3]}, template="chatml")
     assert read.startswith("<|endoftext|><|im_start|>user\ntwo plus two?<|im_end|>\n<|im_start|>assistant\nfour")
     assert learned == ["four<|im_end|><|endoftext|>"]
-    assert prompt_text("hi", "chatml") == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    chat = Chat("chatml", tokenizer)
+    assert "".join(chat.prompt("hi").pieces) == "<|endoftext|><|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert (chat.closing, chat.closing_text) == (None, "<|im_end|>")
+
+
+def test_chatml_is_the_common_one_where_its_marks_are_tokens() -> None:
+    own = train_tokenizer(["be short two plus two? four thanks welcome"] * 20, 280, marks=CHATML)
+    read, learned = encode(own, {"messages": CHAT}, template="chatml")
+    assert read == (
+        "<|endoftext|><|im_start|>system\nbe short<|im_end|>\n<|im_start|>user\ntwo plus two?<|im_end|>\n"
+        "<|im_start|>assistant\nfour<|im_end|>\n<|im_start|>user\nthanks<|im_end|>\n<|im_start|>assistant\nwelcome"
+    )
+    assert learned == ["four<|im_end|>", "welcome<|im_end|>"]
+    chat = Chat("chatml", own)
+    assert own.id_to_token(chat.closing) == "<|im_end|>"
+    tokens, _ = chat.conversation(CHAT)
+    assert [tokens.count(own.token_to_id(mark)) for mark in CHATML] == [5, 5]
+    asked = chat.prompt("two plus two?")
+    assert own.decode(asked.ids, skip_special_tokens=False) == "".join(asked.pieces)
+    assert chat.conversation(CHAT[1:3])[0][: len(asked.ids)] == asked.ids
 
 
 def test_of_a_long_prompt_the_end_is_kept_and_the_response_with_it(tokenizer: Any) -> None:
@@ -102,7 +122,7 @@ def test_a_response_ends_with_the_token_that_generation_stops_at(tmp_path: Path,
     _, eos_id = load_tokenizer(str(tmp_path))
     assert named.id_to_token(eos_id) == "<|im_end|>"
     assert example["targets"][-1] == eos_id
-    assert example["tokens"][0] == prompt_tokens("two plus two?", "plain", named)[0] == eos_id
+    assert example["tokens"][0] == Chat("plain", named).prompt("two plus two?").ids[0] == eos_id
 
 
 def test_a_conversation_begins_with_the_token_for_that(tmp_path: Path, tokenizer: Any) -> None:
@@ -110,7 +130,7 @@ def test_a_conversation_begins_with_the_token_for_that(tmp_path: Path, tokenizer
     read, learned = encode(named, {"prompt": "two plus two?", "response": "four"})
     assert read == "<s>two plus two?\nfour"
     assert learned == ["four<|endoftext|>"]
-    assert named.decode(prompt_tokens("hi", "plain", named), skip_special_tokens=False) == "<s>hi\n"
+    assert named.decode(Chat("plain", named).prompt("hi").ids, skip_special_tokens=False) == "<s>hi\n"
 
 
 @pytest.mark.parametrize("place", ["tokenizer_config.json", "chat_template.jinja"])
@@ -125,13 +145,15 @@ def test_the_tokenizers_own_template_as_transformers_writes_it(tmp_path: Path, t
         named = find_tokenizer(str(tmp_path))
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     read, learned = encode(named, {"messages": CHAT}, template="tokenizer")
-    assert f"{read}\n" == theirs.apply_chat_template(CHAT, tokenize=False)  # the last token is a target alone
+    # the last token is a target alone
+    assert f"{read}<|im_end|>\n" == theirs.apply_chat_template(CHAT, tokenize=False)
     assert learned == ["four<|im_end|>", "welcome<|im_end|>"]
     prompt = CHAT[1:2]
-    assert prompt_tokens(prompt[0]["content"], "tokenizer", named) == list(
+    chat = Chat("tokenizer", named)
+    assert chat.prompt(prompt[0]["content"]).ids == list(
         theirs.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
     )
-    assert closing_mark("tokenizer", named) == "<|im_end|>"
+    assert chat.closing == named.token_to_id("<|im_end|>")
 
 
 def test_where_the_template_does_not_end_a_response_the_end_of_text_does(tmp_path: Path, tokenizer: Any) -> None:
@@ -139,7 +161,8 @@ def test_where_the_template_does_not_end_a_response_the_end_of_text_does(tmp_pat
     named = directory(tmp_path, tokenizer, lines + "{% if add_generation_prompt %}assistant: {% endif %}")
     _, learned = encode(named, {"messages": CHAT[:3]}, template="tokenizer")
     assert learned == ["four\n<|endoftext|>"]
-    assert closing_mark("tokenizer", named) == ""
+    chat = Chat("tokenizer", named)
+    assert (chat.closing, chat.closing_text) == (None, "")
 
 
 def test_what_a_template_cannot_do_is_one_line(tmp_path: Path, tokenizer: Any) -> None:
@@ -150,7 +173,8 @@ def test_what_a_template_cannot_do_is_one_line(tmp_path: Path, tokenizer: Any) -
     for template, said in {
         thinking: "the prompt of response 1 is not the beginning of what the tokenizer's chat template writes",
         "{{ raise_exception('roles must alternate') }}": r"a conversation of user, assistant \(roles must alternate\)",
-        "{% for %}": "cannot write a conversation of user, assistant",
+        "{% for %}": r"does not parse: line 1: .*; mend it, or take plain or chatml",
+        "{{ 1 // 0 }}": r"a conversation of user, assistant \(integer division or modulo by zero\)",
         "{{ ''.__class__.__mro__[1].__subclasses__() }}": "access to attribute '__class__' of 'str' object is unsafe",
     }.items():
         with pytest.raises(ConfigError, match=said) as raised:

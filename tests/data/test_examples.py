@@ -99,9 +99,7 @@ def test_some_records_with_a_second_text_and_some_without(tmp_path: Path, at: in
         rows.append(json.dumps({"text": f"red {number}", "label": number % 2} | pair) + "\n")
     path.write_text("".join(rows))
     has, others = ("no", "have one") if first == "two texts" else ("a", "have none")
-    said = (
-        rf"^data\.path='\S+a\.jsonl': record {at + 1} \('red {at}'\) has {has} text_pair, those before it {others}; .*"
-    )
+    said = rf"^data\.path='\S+a\.jsonl': line {at + 1} \('red {at}'\) has {has} text_pair, those before it {others}; .*"
     with pytest.raises(ConfigError, match=said + r"data\.columns={text: COLUMN}$"):
         prepare_examples(config(tmp_path, {"kind": "classification"}, path=str(path)))
     alone = config(tmp_path, {"kind": "classification"}, path=str(path), columns={"text": "text"})

@@ -18,7 +18,7 @@ from pyarrow import parquet
 
 from bigtrain.config import LabelledDataConfig
 from bigtrain.data import hub
-from bigtrain.data.records import Records, open_records
+from bigtrain.data.records import Records, open_held_out, open_records
 from bigtrain.errors import BigtrainError, ConfigError
 from tests.data.samples import documents
 
@@ -115,7 +115,7 @@ def test_a_quote_in_tsv_does_not_swallow_lines(tmp_path: Path) -> None:
 
 def test_csv_cells_may_span_lines(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('text,label\n"one\ntwo",1\nthree,0\n"four",\n')
-    with pytest.raises(ConfigError, match=r"a\.csv.*line 5: empty label"):
+    with pytest.raises(ConfigError, match=r"a\.csv.*line 5: no label; remove the row, or fill it in"):
         read(tmp_path / "a.csv", "classification")
 
 
@@ -402,14 +402,14 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "row over two lines": ("classification", "a.tsv", TSV + '"a\nb"\t1\n', "(a .tsv row is one line)"),
     "quote never closed": ("classification", "a.csv", 'text,label\na,1\n"b,0\nc,1\n', "line 3 is no row of csv"),
     "twice the same column": ("classification", "a.tsv", "text\ttext\tlabel\na\tb\t1\n", "two columns are named"),
-    "empty text": ("classification", "a.tsv", TSV + " \t1\n", "line 32: empty text"),
-    "empty label": ("classification", "a.csv", "text,label\na,1\nb,\n", "line 3: empty label"),
+    "empty text": ("classification", "a.tsv", TSV + " \t1\n", "line 32: no text"),
+    "empty label": ("classification", "a.csv", "text,label\na,1\nb,\n", "line 3: no label"),
     "null label": ("classification", "a.jsonl", jsonl({"text": "a", "label": None}), "line 1: no label"),
     "label that is a list": ("classification", "a.jsonl", jsonl({"text": "a", "label": [1]}), "line 1: label is list"),
     "number for text": ("classification", "a.jsonl", jsonl({"text": 7, "label": 1}), "line 1: text is int"),
     "surrogate": ("classification", "a.jsonl", '{"text": "\\ud800", "label": 1}', "half a surrogate pair"),
-    "no number": ("regression", "a.tsv", "text\tscore\nfine\t4\nbad\tlow\n", "line 3: label is 'low', a number is"),
-    "nan": ("regression", "a.jsonl", '{"text": "a", "score": NaN}', "line 1: label is nan"),
+    "no number": ("regression", "a.tsv", "text\tscore\nfine\t4\nbad\tlow\n", "line 3: score (label) is 'low'"),
+    "nan": ("regression", "a.jsonl", '{"text": "a", "score": NaN}', "line 1: no score (label)"),
     "no JSON": ("classification", "a.jsonl", '{"text": "a", "label": 1}\n{"text"\n', "line 2 is not JSON"),
     "no object": ("classification", "a.jsonl", "[1]\n", "line 1 is list, not an object"),
     "no array": ("classification", "a.json", '[{"text": "a"', "not JSON"),
@@ -428,7 +428,7 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "empty token behind a prefix": ("tagging", "a.conll", "en:The\tO\nen:\tO\n", "line 2: no token before the tag"),
     "more columns": ("tagging", "a.conll", "The DT O\nold O\n", "line 2: 2 columns where the first has 3: 'old O'"),
     "words and tags": (
-        "tagging", "a.jsonl", jsonl({"words": ["a", "b"], "tags": ["O"]}), "line 1: 2 words and 1 tags"
+        "tagging", "a.jsonl", jsonl({"words": ["a", "b"], "tags": ["O"]}), "line 1: 2 in words, 1 in tags"
     ),
     "empty word": ("tagging", "a.jsonl", jsonl({"words": ["a", ""], "tags": "O O"}), "line 1: words has an empty word"),
     "answer elsewhere": (
@@ -444,9 +444,9 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
         "where nothing stands",
     ),
     "answer without start": (
-        "question_answering", "a.json", paragraph(answers=[{"text": "Anna"}]), "answers is not a list of {text, start}"
+        "question_answering", "a.json", paragraph(answers=[{"text": "Anna"}]), "answers has no answer_start"
     ),
-    "empty question": ("question_answering", "a.json", paragraph(question=" "), "question q1: empty question"),
+    "empty question": ("question_answering", "a.json", paragraph(question=" "), "question q1: no question"),
     "no qas": (
         "question_answering", "a.json", '{"data": [{"title": "t", "paragraphs": [{"context": "c"}]}]}',
         "article 't': qas is not a list of objects",
@@ -458,7 +458,7 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
         "question_answering", "a.jsonl", jsonl({"question": "q", "context": "c"}), "known to hold answers"
     ),
     "answers in words": (
-        "question_answering", "a.csv", "question,context,answers\nq,c,Anna\n", "line 2: answers is not a list of"
+        "question_answering", "a.csv", "question,context,answers\nq,c,Anna\n", "line 2: answers is no list of answers"
     ),
     "unknown role": (
         "instruction", "a.jsonl", jsonl({"messages": [{"role": "boss", "content": "do"}]}),
@@ -467,7 +467,7 @@ MISTAKES: dict[str, tuple[str, str, str, str]] = {
     "nothing to learn": (
         "instruction", "a.jsonl", jsonl({"messages": [{"role": "user", "content": "do"}]}), "no answer of the assistant"
     ),
-    "no response": ("instruction", "a.jsonl", jsonl({"prompt": "do", "response": ""}), "line 1: empty response"),
+    "no response": ("instruction", "a.jsonl", jsonl({"prompt": "do", "response": ""}), "line 1: no response"),
     "latin-1": ("classification", "a.csv", "text,label\n\udce9,1\n", "not UTF-8 at byte 11"),
 }  # fmt: skip
 
@@ -541,3 +541,38 @@ def test_an_empty_held_out_file_and_missing_files(tmp_path: Path) -> None:
         read(tmp_path / "a.tsv", "classification", held_out_path=str(tmp_path / "a.tsv"))
     with pytest.raises(ConfigError, match=r"data\.held_out=1e-06: the held-out part of \d+ records is empty"):
         read(tmp_path / "a.tsv", "classification", held_out=1e-6)
+
+
+def labelled(path: Path, *labels: str) -> str:
+    path.write_text("text,label\n" + "".join(f"red {n},{label}\n" for n, label in enumerate(labels)))
+    return str(path)
+
+
+def test_one_label_is_one_in_training_and_held_out_files_of_any_format(tmp_path: Path) -> None:
+    train = labelled(tmp_path / "a.csv", "1", "0", "true")
+    held_out = tmp_path / "b.jsonl"
+    held_out.write_text(jsonl(*({"text": f"blue {n}", "label": label} for n, label in enumerate([1.0, 0.0, True]))))
+    assert [record["label"] for record in read(train, "classification", held_out_path=str(held_out))] == [
+        "1", "0", "True", "1", "0", "True",
+    ]  # fmt: skip
+
+
+def test_a_label_of_held_out_records_alone_is_named_with_its_line(tmp_path: Path) -> None:
+    train, held_out = labelled(tmp_path / "a.csv", "spam", "ham"), labelled(tmp_path / "b.csv", "ham", "eggs")
+    with pytest.raises(
+        ConfigError, match=r"b\.csv': line 3: 'eggs': a label that no training .*; known are spam, ham$"
+    ):
+        read(train, "classification", held_out_path=held_out)
+
+
+def test_nan_among_numbers_is_no_label_and_among_words_may_be_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a\.csv': line 4: the label is nan, which is no label among numbers"):
+        read(labelled(tmp_path / "a.csv", "1.0", "2", "nan", "1"), "classification", held_out=0.5)
+    languages = read(labelled(tmp_path / "b.csv", *["nan", "deu", "eng"] * 4), "classification", held_out=0.5)
+    assert {record["label"] for record in languages} == {"nan", "deu", "eng"}
+
+
+def test_an_older_runs_labels_keep_their_spelling(tmp_path: Path) -> None:
+    data = LabelledDataConfig(path=labelled(tmp_path / "a.csv", "1", "TRUE"))
+    found = open_held_out(data, "classification", ["1.0", "true"], tmp_path, "--data")
+    assert [record["label"] for record, _ in found] == ["1.0", "true"]
