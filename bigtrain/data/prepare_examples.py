@@ -6,6 +6,7 @@ fingerprint of all that its bytes depend on, built as `<fingerprint>.partial` an
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
@@ -64,23 +65,12 @@ def prepare_examples(config: Config) -> PreparedExamples:
     Raises ConfigError for records that cannot be read, a label that only the held-out part has, a tokenizer without
     the special tokens that the task needs, and a split without an example.
     """
-    data = config.data
-    assert isinstance(data, (LabelledDataConfig, StdlibDataConfig))
-    cache = Path(data.cache_dir).expanduser()
+    cache = Path(config.data.cache_dir).expanduser()
     with writing(cache):
         cache.mkdir(parents=True, exist_ok=True)
-        loaded = find_tokenizer(data.tokenizer.path) if data.tokenizer.path else None
-        records = open_records(data, record_kind(config.task), cache)
-        marks = CHATML if isinstance(config.task, InstructionConfig) and config.task.template == "chatml" else ()
-        if loaded is not None and _may_grow(config):
-            loaded.add_special_tokens(list(marks))
-        identity = tokenizer_identity(data.tokenizer, loaded, _marks_texts(config), marks)
-        if isinstance(config.task, InstructionConfig) and config.task.template == "tokenizer":
-            identity["chat_template"] = chat_template(loaded)
-        fingerprint = _fingerprint(config, records, identity)
-        directory = cache / fingerprint
+        directory, records, loaded, marks = _opened(config, cache)
         if not directory.exists():
-            with locked(cache / f"{fingerprint}.lock", config.logger.progress):
+            with locked(cache / f"{directory.name}.lock", config.logger.progress):
                 if not directory.exists():
                     _build(directory, config, records, loaded, marks)
     say_and_record(records.left_out, directory)
@@ -103,6 +93,37 @@ def _may_grow(config: Config) -> bool:
     """Whether the tokenizer may get tokens that it has not: no weights are there yet whose rows they would need."""
     started = config.init_from is not None or isinstance(config.model, HuggingFaceConfig)
     return not started and config.compress.distil is None
+
+
+def prepared_before(config: Config) -> Path | None:
+    """Where `prepare_examples` has left the examples of `config`; None where it has not, and for what only a hub
+    knows. Raises ConfigError for records or a tokenizer that cannot be read."""
+    data, cache = config.data, Path(config.data.cache_dir).expanduser()
+    paths = [getattr(data, name, None) or [] for name in ("path", "held_out_path")]
+    named = [path for given in paths for path in ([given] if isinstance(given, str) else given)]
+    if data.tokenizer.path:
+        named.append(data.tokenizer.path)
+    if not cache.is_dir() or not all(glob.has_magic(path) or Path(path).expanduser().exists() for path in named):
+        return None
+    directory, *_ = _opened(config, cache)
+    return directory if directory.exists() else None
+
+
+def _opened(config: Config, cache: Path) -> tuple[Path, Records, Any | None, tuple[str, ...]]:
+    """Where the examples of `config` are to be, its records, its tokenizer if it names one, and the marks of its chats.
+
+    Raises ConfigError as `prepare_examples`."""
+    data = config.data
+    assert isinstance(data, (LabelledDataConfig, StdlibDataConfig))
+    loaded = find_tokenizer(data.tokenizer.path) if data.tokenizer.path else None
+    records = open_records(data, record_kind(config.task), cache)
+    marks = CHATML if isinstance(config.task, InstructionConfig) and config.task.template == "chatml" else ()
+    if loaded is not None and _may_grow(config):
+        loaded.add_special_tokens(list(marks))
+    identity = tokenizer_identity(data.tokenizer, loaded, _marks_texts(config), marks)
+    if isinstance(config.task, InstructionConfig) and config.task.template == "tokenizer":
+        identity["chat_template"] = chat_template(loaded)
+    return cache / _fingerprint(config, records, identity), records, loaded, marks
 
 
 def _marks_texts(config: Config) -> bool:
