@@ -87,7 +87,8 @@ def test_a_billion_parameters_take_what_the_plan_said(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["model/parameters"] > 1.0e9
     assert (result["status"], result["train/steps"], result["train/dropped_updates"]) == ("finished", 3, 0)
-    assert result["perf/peak_memory_gib"] == pytest.approx(result["plan/peak_memory_gib"], rel=0.03)
+    planned = result["plan/peak_memory_gib"]  # of the last evaluation, which is counted from above
+    assert 0.92 * planned < result["perf/peak_memory_gib"] < 1.03 * planned
 
 
 def test_what_comes_on_top_of_the_tensors() -> None:
