@@ -1,8 +1,9 @@
 """The planned memory of a rank against what real ranks hold: `python benchmarks/plan_accuracy.py [--ranks 4]`.
 
-Real is: ranks of gloo in processes of their own, bigtrain's engine and models, two optimizer steps, every tensor's
-bytes counted from the operator that makes it until its last reference goes (bigtrain/plan/measured.py), of the rank
-that needs most. Not in it: scratch memory inside operators, and the libraries (the plan's `context`).
+Real is: ranks of gloo in processes of their own, bigtrain's engine and models, two optimizer steps and a batch of the
+last evaluation, every tensor's bytes counted from the operator that makes it until its last reference goes
+(bigtrain/plan/measured.py), of the rank that needs most. Not in it: scratch memory inside operators, the copy that a
+save makes, and the libraries (the plan's `context` and `kernels`).
 """
 
 from __future__ import annotations
@@ -28,14 +29,24 @@ LLAMA = GPT | {
 }  # fmt: skip
 BERT = {"kind": "encoder", "dim": 256, "n_layers": 4, "n_heads": 4, "vocab_size": 4096, "max_seq_len": 128}
 SMALL_BATCH = {"global_batch": 4, "micro_batch": 1}
+PER_RANK = {"global_batch": 32, "micro_batch": 8}
 ACCUMULATED = {"global_batch": 32, "micro_batch": 4}
+
+
+CLASSIFIER = BERT | {"dim": 128, "n_layers": 2, "vocab_size": 4096}
+TRANSFORMER = {
+    "kind": "seq2seq", "dim": 128, "n_layers": 2, "n_decoder_layers": 2, "n_heads": 4, "vocab_size": 2048,
+    "max_seq_len": 64,
+}  # fmt: skip
 
 
 def recipe(model: dict[str, Any], stage: int, precision: str, **train: Any) -> dict[str, Any]:
     bucket, optimizer = train.pop("bucket_mib", 1), train.pop("optimizer", "adamw")
-    task = {"kind": "masked_lm"} if model["kind"] == "encoder" else {"kind": "causal_lm"}
+    task = train.pop("task", "masked_lm" if model["kind"] == "encoder" else "causal_lm")
+    more = {"max_new_tokens": 16, "num_beams": train.pop("num_beams", 1)} if task == "translation" else {}
     return {
-        "model": model, "task": task, "engine": {"kind": "deepspeed", "stage": stage, "bucket_mib": bucket},
+        "model": model, "task": {"kind": task} | more,
+        "engine": {"kind": "deepspeed", "stage": stage, "bucket_mib": bucket},
         "optimizer": {"kind": optimizer},
         "train": {"steps": 10, "global_batch": 16, "micro_batch": 4, "precision": precision} | train,
     }  # fmt: skip
@@ -61,6 +72,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     "BERT, ZeRO-1, fp32": recipe(BERT, 1, "fp32"),
     "BERT, ZeRO-2, bf16": recipe(BERT, 2, "bf16"),
     "BERT, ZeRO-3, bf16, checkpointing": recipe(BERT, 3, "bf16", activation_checkpointing=True),
+    # As the recipes of conf/experiment, small; examples as long as the model takes, as where no data is prepared.
+    "tiny": recipe(GPT | {"dim": 64, "n_layers": 2, "n_heads": 2, "vocab_size": 512, "max_seq_len": 64}, 2, "fp32"),
+    "bert_pretrain": recipe(BERT | {"dim": 128, "n_layers": 2, "max_seq_len": 64}, 2, "bf16", **PER_RANK),
+    "classification": recipe(CLASSIFIER, 2, "bf16", task="classification", **PER_RANK),
+    "tagging": recipe(CLASSIFIER, 2, "bf16", task="tagging", **PER_RANK),
+    "question_answering": recipe(CLASSIFIER, 2, "bf16", task="question_answering", **PER_RANK),
+    "instruction": recipe(GPT | {"dim": 128, "max_seq_len": 256}, 2, "bf16", task="instruction", **PER_RANK),
+    "translation": recipe(TRANSFORMER, 2, "bf16", task="translation", **PER_RANK),
+    "translation, evaluated with beams": recipe(TRANSFORMER, 2, "bf16", task="translation", num_beams=4, **PER_RANK),
 }
 
 
@@ -69,8 +89,8 @@ def planned(recipe: dict[str, Any], ranks: int) -> memory.Memory:
     return memory.estimate(config, ranks, sizes.of_run(config), "cpu")
 
 
-def measure(recipes: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """In a rank: what each recipe really takes."""
+def measure(recipes: list[dict[str, Any]], evaluates: bool = False) -> list[dict[str, Any]]:
+    """In a rank: what each recipe really takes, with a batch of the last evaluation or without."""
     import gc
 
     import torch
@@ -82,7 +102,7 @@ def measure(recipes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     found = []
     for plain in recipes:
         config: Config = from_dict(plain)
-        rehearsed = rehearsal.rehearse(config, device)
+        rehearsed = rehearsal.rehearse(config, device, evaluates=evaluates)
         assert rehearsed.stepped, "the optimizer did not step: its memory was not measured"
         found.append(vars(rehearsed))
         gc.collect()
@@ -122,20 +142,26 @@ def main() -> None:
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.rank_of is not None:
-        result = measure(json.loads((arguments.rank_of / "recipes.json").read_text()))
+        result = measure(json.loads((arguments.rank_of / "recipes.json").read_text()), evaluates=True)
         (arguments.rank_of / f"{os.environ['RANK']}.json").write_text(json.dumps(result))
         os._exit(0)
     real = in_ranks(list(RECIPES.values()), arguments.ranks)
-    print(f"{'':40}{'planned MiB':>12}{'real MiB':>10}{'error':>8}{'states':>8}  fullest moment")
+    print(
+        f"{'':40}{'planned MiB':>12}{'real MiB':>10}{'error':>8}{'states':>8}"
+        f"{'evaluation':>12}{'real':>10}  fullest moment"
+    )
     errors = []
     for number, (name, plain) in enumerate(RECIPES.items()):
         plan = planned(plain, arguments.ranks)
         peak = max(of_rank[number]["peak"] for of_rank in real)
         parts = real[0][number]["parts"]
         states = sum(plan.states.get(part, 0) for part in parts) / sum(parts.values()) - 1
+        plan = plan.without("save")  # which is not rehearsed
+        evaluation = next(each for each in plan.moments if each.name == "evaluation").total
+        held_out = max(of_rank[number]["phases"]["evaluation"] for of_rank in real)
         errors.append(plan.peak.total / peak - 1)
         row = f"{name:40}{plan.peak.total / 2**20:12.1f}{peak / 2**20:10.1f}{errors[-1]:+8.2%}{states:+8.2%}"
-        print(f"{row}  {plan.peak.name}")
+        print(f"{row}{evaluation / 2**20:12.1f}{held_out / 2**20:10.1f}  {plan.peak.name}")
     errors = sorted(map(abs, errors))
     print(f"error: median {statistics.median(errors):.2%}, worst {errors[-1]:.2%}, of {len(errors)} recipes")
 

@@ -42,6 +42,10 @@ RECIPES = {
     "BERT 256 x 4, ZeRO-2, bf16": [*BERT, "engine=zero2"],
     "BERT 256 x 4, ZeRO-3, bf16": [*BERT, "engine=zero3"],
 }
+# As they are; planned again once a first run has prepared the data, whose lengths the plan then knows.
+EXPERIMENTS = (
+    "tiny", "bert_pretrain", "classification", "tagging", "question_answering", "instruction", "translation",
+)  # fmt: skip
 COMMON = [
     "model.max_seq_len=256", "data.tokenizer.vocab_size=4096", "train.global_batch=16", f"train.steps={STEPS}",
     "train.eval_batches=1", "data.held_out=0.01", "logger.progress=false",
@@ -75,10 +79,15 @@ def main() -> None:
         cluster = arguments.cluster or Path(folder) / "here.yaml"
         errors = []
         print(f"{'':50}{'planned s':>10}{'real s':>9}{'error':>8}")
-        for number, (name, own) in enumerate(RECIPES.items()):
+        recipes = RECIPES | {name: [f"experiment={name}"] for name in EXPERIMENTS}
+        for number, (name, own) in enumerate(recipes.items()):
             if arguments.only not in name:
                 continue
             overrides = [*COMMON, *own]
+            if name in EXPERIMENTS:
+                overrides = [*own, f"train.steps={STEPS}", "schedule.warmup_steps=0", "train.eval_every=0"]
+                overrides += ["logger.progress=false", f"data.cache_dir={folder}/cache"]
+                bigtrain("train", *overrides, "train.steps=1", f"run_dir={folder}/prepared-{name}")
             if arguments.cluster is None:
                 bigtrain("doctor", "--cluster-file", str(cluster))
             planned = json.loads(bigtrain("plan", *overrides, f"cluster={cluster}", "output=json"))["step_seconds"]

@@ -18,12 +18,9 @@ from numpy.typing import NDArray
 
 from bigtrain.batch import Batch
 from bigtrain.data.examples import Examples
-from bigtrain.data.sampler import permute, sample_windows
+from bigtrain.data.sampler import GROUPED, by_length, padded
 from bigtrain.errors import BigtrainError
 from bigtrain.held_out import HeldOut
-
-GROUPED = 50  # global batches that are sorted by length together
-MULTIPLE = 8  # lengths are padded to a multiple of it: matrix units like that
 
 Rows = list[dict[str, NDArray[Any]]]
 Collate = Callable[[Rows, np.random.Generator | None], Batch]  # rows -> tensors; the generator is for augmentation
@@ -65,12 +62,7 @@ class ExampleTrainLoader:
         return parts
 
     def _span_order(self, span: int) -> NDArray[np.int64]:
-        """(GROUPED, global_batch) example numbers, each row in order of length."""
-        share = self._share
-        drawn = sample_windows(share.seed, span, GROUPED * share.global_batch, len(self._lengths))
-        batches = drawn[np.argsort(self._lengths[drawn], kind="stable")].reshape(GROUPED, share.global_batch)
-        key = np.full(GROUPED, share.seed * 1_000_003 + span, dtype=np.uint64)
-        return batches[permute(np.arange(GROUPED, dtype=np.uint64), GROUPED, key).astype(np.int64)]
+        return by_length(self._lengths, self._share.seed, span, self._share.global_batch)
 
 
 class DrawnTrainLoader:
@@ -124,12 +116,11 @@ def _row(examples: Examples, index: int) -> dict[str, NDArray[Any]]:
 def pad(rows: Rows, field: str, value: int, limit: int) -> torch.Tensor:
     """(B, T) int64: each row's values of `field`, then `value` to the longest row's length, rounded up to a multiple of
     8 that is at most `limit`."""
-    longest = max(len(row[field]) for row in rows)
-    length = max(longest, min(-(-longest // MULTIPLE) * MULTIPLE, limit))
-    padded = np.full((len(rows), length), value, dtype=np.int64)
-    for line, row in zip(padded, rows, strict=True):
+    length = padded(max(len(row[field]) for row in rows), limit)
+    filled = np.full((len(rows), length), value, dtype=np.int64)
+    for line, row in zip(filled, rows, strict=True):
         line[: len(row[field])] = row[field]
-    return torch.from_numpy(padded)
+    return torch.from_numpy(filled)
 
 
 def stack(rows: Rows, field: str) -> torch.Tensor:

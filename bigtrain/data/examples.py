@@ -96,9 +96,9 @@ class Examples:
     def __len__(self) -> int:
         return self._n
 
-    def lengths(self) -> NDArray[np.int64]:
-        """Tokens in each example."""
-        _, ends = self._ragged["tokens"]
+    def lengths(self, field: str = "tokens") -> NDArray[np.int64]:
+        """How many values of `field` each example has."""
+        _, ends = self._ragged[field]
         return np.diff(ends, prepend=0)
 
     def records(self) -> NDArray[np.int32]:

@@ -154,7 +154,7 @@ class MaskedEvalLoader(HeldOut):
     def __init__(
         self, rows: MaskedRows, pad_id: int, seq_len: int, share: Share, max_batches: int | None = None
     ) -> None:
-        self._rows, self._pad_id, self._seq_len, self._share = rows, pad_id, seq_len, share
+        self._windows, self._pad_id, self._seq_len, self._share = rows, pad_id, seq_len, share
         super().__init__(rows.n_windows, share.micro_batch * share.world_size, max_batches)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -163,7 +163,9 @@ class MaskedEvalLoader(HeldOut):
             first = (place * share.world_size + share.rank) * share.micro_batch
             windows = range(first, first + share.micro_batch)
             rows = [
-                self._rows.row(w, np.random.default_rng((0, w))) if w < self._rows.n_windows else self._rows.filler()
+                self._windows.row(w, np.random.default_rng((0, w)))
+                if w < self._windows.n_windows
+                else self._windows.filler()
                 for w in windows
             ]
             yield _collate(rows, self._pad_id, self._seq_len)

@@ -6,6 +6,7 @@ fingerprint of all that its bytes depend on, built as `<fingerprint>.partial` an
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import re
@@ -96,9 +97,23 @@ def _may_grow(config: Config) -> bool:
     return not started and config.compress.distil is None
 
 
+def prepared_before(config: Config) -> Path | None:
+    """Where `prepare_examples` has left the examples of `config`; None where it has not, and for what only a hub
+    knows. Raises ConfigError for records or a tokenizer that cannot be read."""
+    data, cache = config.data, Path(config.data.cache_dir).expanduser()
+    paths = [getattr(data, name, None) or [] for name in ("path", "held_out_path")]
+    named = [path for given in paths for path in ([given] if isinstance(given, str) else given)]
+    if data.tokenizer.path:
+        named.append(data.tokenizer.path)
+    if not cache.is_dir() or not all(glob.has_magic(path) or Path(path).expanduser().exists() for path in named):
+        return None
+    directory, *_ = _find(config)
+    return directory if directory.exists() else None
+
+
 def _find(config: Config) -> tuple[Path, Records, Any | None, Sequence[str]]:
     """(where the examples are or would be, the records, the tokenizer if it is there already, marks
-    of a chat's turns that it gets)."""
+    of a chat's turns that it gets). Raises ConfigError as `prepare_examples`."""
     data = config.data
     assert isinstance(data, (LabelledDataConfig, StdlibDataConfig))
     cache = Path(data.cache_dir).expanduser()

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 ROUNDS = 6
+GROUPED = 50  # global batches of labelled examples that are sorted by length together
+MULTIPLE = 8  # labelled examples' lengths are padded to a multiple of it: matrix units like that
 
 U64 = NDArray[np.uint64]
 
@@ -27,6 +29,19 @@ def sample_windows(seed: int, step: int, global_batch: int, n_windows: int, shif
     position = np.arange(step * global_batch + shift, (step + 1) * global_batch + shift, dtype=np.uint64)
     epoch, index = np.divmod(position, np.uint64(n_windows))
     return permute(index, n_windows, epoch + _mix(np.uint64(seed))).astype(np.int64)
+
+
+def by_length(lengths: NDArray[np.int64], seed: int, span: int, global_batch: int) -> NDArray[np.int64]:
+    """The examples of GROUPED steps: (GROUPED, global_batch) numbers of examples, each row in order of length."""
+    drawn = sample_windows(seed, span, GROUPED * global_batch, len(lengths))
+    batches = drawn[np.argsort(lengths[drawn], kind="stable")].reshape(GROUPED, global_batch)
+    key = np.full(GROUPED, seed * 1_000_003 + span, dtype=np.uint64)
+    return batches[permute(np.arange(GROUPED, dtype=np.uint64), GROUPED, key).astype(np.int64)]
+
+
+def padded(longest: int, limit: int) -> int:
+    """Tokens of a batch whose longest example has `longest` of at most `limit`."""
+    return max(longest, min(-(-longest // MULTIPLE) * MULTIPLE, limit))
 
 
 def permute(index: U64, n: int, key: U64) -> U64:

@@ -17,6 +17,7 @@ from bigtrain.config import (
     Config,
     DecoderConfig,
     EncoderConfig,
+    InstructionConfig,
     MaskedLMConfig,
     OurModelConfig,
     Seq2SeqConfig,
@@ -221,6 +222,48 @@ def _loss(setting: Setting, rows: int, dim: int, vocabulary: int) -> tuple[int, 
     at_products = logits + weight + sums
     # normalised hidden states, their gradient, then whichever is more
     return kept, 2 * hidden + max(logits + softmax + sums, at_products, sums + (0 if whole else weight))
+
+
+def evaluating(config: Config, setting: Setting) -> dict[str, int]:
+    """What a batch of an evaluation holds at its widest, where nothing is kept for gradients: one block's tensors, and
+    what the task makes of the result (`evaluate` in bigtrain/tasks)."""
+    model, task = config.model, config.task
+    assert isinstance(model, (DecoderConfig, EncoderConfig, Seq2SeqConfig))
+    element, vocabulary, dim = setting.element_bytes, model.vocab_size or 0, model.dim
+    hidden = setting.tokens * dim * element
+    width = setting.tokens * (model.ffn_dim or 4 * dim) * element
+    feed_forward = 2 * hidden + (4 if model.activation in ("swiglu", "geglu") else 2) * width
+    attention = 8 * hidden  # the block's input and that of the projection; q, k, v, copies of them; the result
+    if setting.device == "cpu" and not isinstance(model, DecoderConfig) and setting.length <= SHORT:
+        attention += setting.tokens * setting.length * model.n_heads * element
+    block = max(feed_forward, attention)
+    rest = 8 * setting.tokens
+    if isinstance(task, InstructionConfig):  # logits in fp32, those that a loss of each token reads, and its own
+        scores = 3 * 4 * setting.tokens * vocabulary
+    elif isinstance(task, MaskedLMConfig):  # logits, in fp32, and their logarithms
+        scored = round(setting.tokens * task.mask_fraction)
+        scores = scored * vocabulary * (element + 8) + 4 * scored * dim * element
+    elif isinstance(model, EncoderConfig):
+        scores = 0
+    else:
+        logits = min(setting.tokens * vocabulary * element, CHUNK_BYTES)
+        copies = CACHE_BYTES if setting.device == "cpu" else 2 * logits
+        scores = logits + min(copies, 2 * logits)
+    if isinstance(model, Seq2SeqConfig):
+        rest += hidden  # the source as it was read
+        scores = max(scores, _generating(config, model, setting))
+    return {"activations": rest + max(block, hidden), "logits": scores}
+
+
+def _generating(config: Config, model: Seq2SeqConfig, setting: Setting) -> int:
+    """While a text is written for each source of the batch: keys and values of what was written and of the source,
+    once more where they grow, and the last token's logits in fp32, as they are and as beams are chosen by them."""
+    beams = getattr(config.task, "num_beams", 1)
+    written = min(getattr(config.task, "max_new_tokens", 0), model.max_seq_len)
+    texts = setting.sequences * beams
+    layer = 2 * texts * model.dim * setting.element_bytes  # for a token
+    cache = model.n_decoder_layers * layer * (written + setting.length) + 2 * layer * written
+    return cache + texts * setting.length * model.dim * setting.element_bytes + 3 * 4 * texts * (model.vocab_size or 0)
 
 
 def _working(model: OurModelConfig, setting: Setting) -> int:

@@ -11,12 +11,13 @@ from typing import Any
 from bigtrain import checks
 from bigtrain.config import Config, EncoderConfig, Seq2SeqConfig
 from bigtrain.errors import ConfigError
-from bigtrain.plan import budget, flops, money, recommend, simulate, step_time
+from bigtrain.plan import budget, flops, money, recommend, simulate, step_time, units
 from bigtrain.plan import sizes as parameter_sizes
 from bigtrain.plan.budget import FittedLaw, Optimum
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.options import Options
 from bigtrain.plan.recommend import Candidate, Recommendation
+from bigtrain.plan.result import Plan
 
 
 @dataclass
@@ -50,8 +51,8 @@ def answer(options: Options, config: Config, cluster: Cluster) -> Answers:
     return found
 
 
-def write_page(found: Answers, out: Path) -> Path:
-    """The pictures. Raises BigtrainError if they cannot be written."""
+def write_page(found: Answers, plan: Plan, out: Path) -> Path:
+    """The pictures, and of `plan` its memory and notes. Raises BigtrainError if they cannot be written."""
     from bigtrain.plan import pictures
 
     config, cluster = found.config, found.cluster
@@ -62,8 +63,9 @@ def write_page(found: Answers, out: Path) -> Path:
 
     title = f"{_count(sizes.total)} parameters on {cluster.devices} x {cluster.device.name}"
     subject = pictures.Subject(
-        config, cluster, cluster.devices, sizes, title, found.tokens or _run_tokens(config), found.recommendation
-    )
+        config, cluster, cluster.devices, sizes, title, found.tokens or _run_tokens(config), found.recommendation,
+        (plan.memory["peak"], *plan.intervals["memory.peak"]), tuple(plan.warnings),
+    )  # fmt: skip
     return pictures.write_report(subject, memory, out)
 
 
@@ -132,8 +134,8 @@ def _purchase(found: Answers, hours: float | None, dollars: float | None, law: F
     ranks, sizes = found.cluster.devices, parameter_sizes.of_run(bought.config)
     fits = recommend.room(bought.config, found.cluster, ranks, sizes).fits
     found.lines += [
-        f"{hours:,.4g} hours of {found.cluster.devices} devices (${bought.cost:,.0f}) are {optimum.flops:.3g} FLOPs "
-        f"at an MFU of {bought.time.mfu:.0%}",
+        f"{units.hours(hours)} of {found.cluster.devices} devices ({units.dollars(bought.cost)}) are "
+        f"{optimum.flops:.3g} FLOPs at an MFU of {units.percent(bought.time.mfu)}",
         f"compute-optimal: {_optimum(optimum, law.known)}, loss {optimum.loss:.3f} nats per token",
         f"  as {budget.overrides(bought.config)}: {_count(bought.parameters)} parameters"
         + ("" if fits else ", which do not fit with these settings: goal=time finds others"),
@@ -165,14 +167,15 @@ def _target(found: Answers, target: float, law: FittedLaw, fitted: bool) -> None
     paid, least, most = bill(tokens), bill(ends[0]), bill(ends[1])
     kept = simulate.goodput_of(found.config, found.cluster, sizes, time, paid.hours)
     found.lines.append(
-        f"a loss of {target:g} nats per token takes {_count(tokens)} tokens: {paid.hours:,.4g} hours "
-        f"({paid.hours / kept:,.4g} with failures), ${paid.cost:,.0f}, {paid.energy_kwh:,.0f} kWh"
+        f"a loss of {target:g} nats per token takes {_count(tokens)} tokens: {units.hours(paid.hours)} "
+        f"({units.hours(paid.hours / kept)} with failures), {units.dollars(paid.cost)}, {units.energy(paid.energy_kwh)}"
     )
     if law.known:
         never = "" if math.isfinite(ends[1]) else "; the law does not exclude that this size never reaches it"
         found.lines.append(
-            f"  ({_count(ends[0])} to {_count(ends[1])} tokens, {least.hours:,.4g} to {most.hours:,.4g} hours, "
-            f"${least.cost:,.0f} to ${most.cost:,.0f}{never})"
+            f"  ({_count(ends[0])} to {_count(ends[1])} tokens, "
+            f"{units.hours(least.hours)} to {units.hours(most.hours)}, "
+            f"{units.dollars(least.cost)} to {units.dollars(most.cost)}{never})"
         )
     if not fitted:
         found.lines.append(
@@ -202,8 +205,8 @@ def _run_tokens(config: Config) -> float:
 
 def _figures(candidate: Candidate) -> str:
     bill, time = candidate.bill, candidate.time
-    paid = f"${bill.cost:,.0f}" if bill.cost else f"{bill.device_hours:,.4g} device hours"
-    return f"{bill.hours:,.4g} h, {paid}, {candidate.peak_gib:,.1f} GiB a rank, MFU {time.mfu:.0%}"
+    paid = units.dollars(bill.cost) if bill.cost else f"{units.hours(bill.device_hours)} of devices"
+    return f"{units.hours(bill.hours)}, {paid}, {units.size(candidate.peak_gib)} a rank, MFU {units.percent(time.mfu)}"
 
 
 def _plain(candidate: Candidate) -> dict[str, Any]:

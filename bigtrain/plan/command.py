@@ -8,10 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from bigtrain.config import Config
-from bigtrain.plan import answers, clusters, planner, simulation, table
+from bigtrain.plan import answers, clusters, lengths, planner, simulation, table
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.options import Options, split
 from bigtrain.plan.result import Plan
+from bigtrain.plan.units import size
 
 __all__ = ["run", "split"]
 
@@ -22,7 +23,7 @@ def run(config: Config, options: Options, say: Callable[[str], None]) -> float:
     Raises ConfigError for a config, cluster or option that makes no sense, BigtrainError if the trace fails.
     """
     cluster = clusters.here(config.launch) if options.cluster == "here" else clusters.find(options.cluster)
-    found = answers.answer(options, config, cluster)
+    found = answers.answer(options, lengths.located(config), cluster)
     plan = planner.make(found.config, found.cluster, found.tokens)
     told = list(found.lines)
     if not plan.fits:
@@ -39,7 +40,7 @@ def run(config: Config, options: Options, say: Callable[[str], None]) -> float:
         found.data["verify"] = compared.to_dict()
         told.append(str(compared))
     if options.report:
-        page: Path = answers.write_page(found, Path(options.out))
+        page: Path = answers.write_page(found, plan, Path(options.out))
         found.data["report"] = str(page)
         told.append(str(page))
     if options.output == "json":
@@ -58,4 +59,4 @@ def _way_out(config: Config, cluster: Cluster) -> str:
 
 
 def described(plan: Plan) -> str:
-    return f"{table.size(plan.memory['peak'])} of {table.size(plan.device_memory_gib)} a rank"
+    return f"{size(plan.memory['peak'])} of {size(plan.device_memory_gib)} a rank"

@@ -33,13 +33,16 @@ class Efficiency:
 
 AMPERE = Efficiency(matmul=0.72, attention=0.60, memory=0.59, optimizer=0.31, layer_seconds=2.1e-3, exposed=0.6)
 HOPPER = Efficiency(matmul=0.61, attention=0.34, memory=0.59, optimizer=0.31, layer_seconds=2.0e-3, exposed=0.6)
-# A CPU's peak is measured, so that these are about shapes, not clocks: see `bigtrain doctor --cluster-file`.
+# A CPU's fixed seconds are what `bigtrain doctor` found on a machine of two busy cores (a layer's with ZeRO-3's hooks).
+# Its peak is measured, so that these are about shapes, not clocks: see `bigtrain doctor --cluster-file`.
 CPU = Efficiency(
-    matmul=0.75, attention=0.12, memory=0.5, optimizer=0.5, layer_seconds=4e-4, exposed=1.0, tile=16, validated=False
-)
+    matmul=0.75, attention=0.12, memory=0.5, optimizer=0.5, layer_seconds=3e-3, exposed=1.0, layer_step_seconds=4e-4,
+    step_seconds=6e-3, tile=16, validated=False,
+)  # fmt: skip
 # Attention: FlashAttention-2 reaches 50-73% of an A100, forward and backward, and 335 TFLOP/s of an H100 (arXiv
 # 2307.08691, section 4.1).
 
+HOOKS = 3.0  # how much longer a layer's fixed seconds are with ZeRO-3's hooks
 FIXED = ("layer_seconds", "layer_step_seconds", "step_seconds")  # with _gathered where each layer's weights are
 MEASURABLE = ("matmul", "attention", "memory", "optimizer", "exposed", *FIXED)
 

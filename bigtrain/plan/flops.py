@@ -1,18 +1,20 @@
 """Floating-point operations of a training step, counted matmul by matmul.
 
-Two counts, kept apart. Model FLOPs are what the architecture asks for: forward and backward, the full square of the
-attention scores, nothing twice; MFU divides by them (PaLM, arXiv 2204.02311, appendix B). Hardware FLOPs are what the
-kernels really do: flash attention computes the causal half only and its scores again in the backward pass
-(arXiv 2205.14135, section 3.1), activation checkpointing runs every block's forward again (arXiv 2205.05198,
-section 6); HFU divides by them. A multiplication and its addition are two operations; norms, activations and
-residuals are counted as memory traffic instead (`elementwise_bytes`), which is what they cost.
+Two counts, kept apart. Model FLOPs are what the architecture asks for: forward and backward, nothing twice; MFU
+divides by them (PaLM, arXiv 2204.02311, appendix B). Hardware FLOPs are those, and what is computed a second time: the
+scores in flash attention's backward pass (arXiv 2205.14135, section 3.1), with activation checkpointing every block's
+forward (arXiv 2205.05198, section 6); HFU divides by them. Both count the full square of the scores, as both papers
+do, though a causal kernel does half of it: so HFU is never below MFU. How long a step takes goes by what is really
+computed (`Scores.computed`). A multiplication and its addition are two operations; norms, activations and residuals are
+counted as memory traffic instead (`elementwise_bytes`), which is what they cost.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from bigtrain.config import (
     Config,
@@ -27,6 +29,7 @@ from bigtrain.config import (
     head_dim,
 )
 from bigtrain.errors import ConfigError
+from bigtrain.plan import lengths
 
 GATED = ("swiglu", "geglu")
 
@@ -84,12 +87,12 @@ class Operations:
 
 @dataclass(frozen=True)
 class Flops:
-    """Of one micro-batch on one rank, forward and backward. All in operations, not seconds."""
+    """Of one micro-batch on one rank, forward and backward, in operations, scores as the full square."""
 
     tokens: int
-    forward: dict[str, float]  # part -> of the forward pass, attention scores as the full square
+    forward: dict[str, float]  # part -> of the forward pass
     model: float  # what MFU counts
-    hardware: float  # what HFU counts
+    hardware: float  # what HFU counts: `model`, and what is computed again
     recomputed: float  # of `hardware`, what activation checkpointing adds
 
     @property
@@ -110,13 +113,40 @@ def our_model(model: ModelConfig | PretrainedConfig) -> OurModelConfig:
 
 
 def sequence_length(config: Config) -> int:
-    """Tokens of a training sequence (of a source, and of a target): the longest that the model or the task takes."""
+    """Tokens of a training sequence (of a source, and of a target) in the mean, padding counted: of labelled examples
+    as their prepared data has them, else the longest that the model or the task takes."""
+    known = lengths.of(config)
+    return _allowed(config) if known is None else known.typical
+
+
+def longest_sequence(config: Config, held_out: bool = False) -> int:
+    """Tokens of the longest training sequence, or of the longest that is held out."""
+    known = lengths.of(config)
+    if known is None:
+        return _allowed(config)
+    return known.longest_held_out if held_out else known.longest
+
+
+def _allowed(config: Config) -> int:
     longest = our_model(config.model).max_seq_len
     return min(longest, getattr(config.task, "max_length", None) or longest)
 
 
+def shortened(config: Config) -> Config | None:
+    """`config` with sequences an eighth as long, where they are only known to be no longer than the model takes: the
+    short end of what a step may take. None where the lengths are known."""
+    if not lengths.unknown(config):
+        return None
+    short = max(8, _allowed(config) // 8)
+    return replace(config, model=replace(config.model, max_seq_len=short), task=_of_length(config.task, short))
+
+
+def _of_length(task: Any, most: int) -> Any:
+    return replace(task, max_length=most) if getattr(task, "max_length", None) else task
+
+
 def operations(config: Config, sequences: int) -> Operations:
-    """What `sequences` full-length sequences cost in a forward pass with the loss."""
+    """What so many `sequences` cost in a forward pass with the loss."""
     model, length = our_model(config.model), sequence_length(config)
     tokens = (2 if isinstance(model, Seq2SeqConfig) else 1) * sequences * length
     return Operations(
@@ -166,7 +196,7 @@ def count(config: Config, sequences: int) -> Flops:
     """Forward and backward of one micro-batch of `sequences`.
 
     model = 3 (sum of 2 m n k + 4 T^2 dim layers): a backward pass is two matmuls for each of the forward's.
-    Weights that are not trained (train.lora) have no gradient of their own: one of the two falls away in `hardware`.
+    Weights that are not trained (train.lora) need no gradient of their own: one of the two falls away.
     """
     work = operations(config, sequences)
     forward: dict[str, float] = {}
@@ -174,15 +204,14 @@ def count(config: Config, sequences: int) -> Flops:
         forward[matmul.part] = forward.get(matmul.part, 0.0) + matmul.flops
     forward["scores"] = sum(scores.square for scores in work.scores)
     backward = 1.0 if config.train.lora.rank else 2.0
+    model = 3 * forward["scores"]
+    for matmul in work.matmuls:
+        model += matmul.flops * (1 + (backward if matmul.in_block else 2.0))
     recomputed = 0.0
     if config.train.activation_checkpointing:
-        recomputed = sum(m.flops for m in work.matmuls if m.in_block and m.again) + sum(s.computed for s in work.scores)
-    hardware = recomputed
-    for matmul in work.matmuls:
-        hardware += matmul.flops * (1 + (backward if matmul.in_block else 2.0))
-    for scores in work.scores:
-        hardware += scores.computed * (1 + FLASH_BACKWARD)
-    return Flops(work.tokens, forward, 3 * sum(forward.values()), hardware, recomputed)
+        recomputed = sum(m.flops for m in work.matmuls if m.in_block and m.again) + forward["scores"]
+    hardware = model + (FLASH_BACKWARD - 2) * forward["scores"] + recomputed
+    return Flops(work.tokens, forward, model, hardware, recomputed)
 
 
 def elementwise_bytes(config: Config, sequences: int, element_bytes: int) -> float:

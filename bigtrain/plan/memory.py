@@ -18,6 +18,7 @@ from itertools import accumulate
 from typing import Literal
 
 from bigtrain.config import (
+    LABELLED_TASKS,
     AccelerateConfig,
     Config,
     DeepSpeedConfig,
@@ -26,9 +27,9 @@ from bigtrain.config import (
     accumulation_steps,
     micro_batch,
 )
-from bigtrain.plan import activations, clusters
+from bigtrain.plan import activations, clusters, lengths
 from bigtrain.plan.activations import Activations, Setting
-from bigtrain.plan.flops import sequence_length
+from bigtrain.plan.flops import longest_sequence, our_model
 from bigtrain.plan.result import GIB
 from bigtrain.plan.sizes import Parameter, Sizes, element_bytes, of_run, teacher
 
@@ -40,6 +41,14 @@ NVME_BUFFERS, NVME_BUFFER = 5, 100_000_000  # offload_param: buffer_count, buffe
 BLOCK_8BIT = 256  # elements that share a scale in torchao's 8-bit states
 SMALLEST_8BIT = 4096  # elements; smaller ones keep fp32 states
 TRACER_GIB = 0.2  # of a CPU's context_gib: TorchDynamo and what comes with it (engine/lean.py)
+# On top of a CPU's context_gib: scikit-learn, which counts these tasks' metrics (seqeval by it), or transformers'
+# generation, which writes the texts.
+EVALUATING_GIB = {"classification": 0.14, "tagging": 0.14, "translation": 0.16}
+# oneDNN's code for a length's products in 16 bits: the resident memory of real ranks grew by 10 to 16 with each length
+# that they had not seen yet.
+KERNELS_MIB = 12
+EVAL_TOKENS = 4096  # of a batch of the last evaluation; as trainer.py has it
+OPTIONAL = ("save", "evaluation")  # moments; a save takes no copy where memory is short (engine/snapshot.py)
 Device = Literal["cpu", "cuda"]
 
 
@@ -66,11 +75,21 @@ class Memory:
     host_building: int = 0  # of one rank, while its model is built on the host
     disk: int = 0  # of one rank: offloaded states on NVMe
     tracer: bool = True  # whether a rank imports TorchDynamo
+    evaluating: float = 0.0  # GiB of the libraries that an evaluation loads
+    kernels: int = 0  # lengths that matmul kernels are made for, one after another
     assumptions: list[str] = field(default_factory=list)  # where the closed form is not held to a measurement
 
     @property
     def peak(self) -> Moment:
         return max(self.moments, key=lambda moment: moment.total)
+
+    @property
+    def certain(self) -> Moment:
+        """The fullest moment of those that no run can do without."""
+        return max((each for each in self.moments if each.name not in OPTIONAL), key=lambda moment: moment.total)
+
+    def without(self, name: str) -> Memory:
+        return replace(self, moments=tuple(each for each in self.moments if each.name != name))
 
 
 @dataclass(frozen=True)
@@ -87,18 +106,30 @@ class _Group:
 
 def needed(found: Memory, device: clusters.Device) -> dict[str, float]:
     """GiB by part at the peak on a device: what the tensors take, and what comes on top of them there."""
+    found = saving_in_room(found, device)
     parts = {name: size / GIB for name, size in found.peak.parts.items() if size}
     blocks = found.activations.large_tensors(10 * 2**20)
     parts["rounding"] = blocks * device.block_mib / 2 / 1024  # half a block for each tensor that has its own
     parts["context"] = device.context_gib
-    if device.is_cpu and not found.tracer:
-        parts["context"] = max(0.0, device.context_gib - TRACER_GIB)
+    if device.is_cpu:
+        libraries = max(0.0, device.context_gib - (0 if found.tracer else TRACER_GIB))
+        parts["context"] = libraries + (found.evaluating if device.context_gib else 0)
+        if found.kernels:
+            parts["kernels"] = found.kernels * KERNELS_MIB / 1024
     return parts | {"peak": sum(parts.values())}
 
 
+def saving_in_room(found: Memory, device: clusters.Device) -> Memory:
+    """Without the copy that a save makes, where there is no room for two of it: training waits for the disk then."""
+    copy = found.peak.parts.get("snapshot", 0)
+    return found.without("save") if (found.peak.total + copy) / GIB > device.memory_gib - device.context_gib else found
+
+
 def estimate(config: Config, ranks: int, sizes: Sizes, device: Device) -> Memory:
-    """Of `config` with its vocabulary set, on so many ranks."""
-    found = _alone(config, ranks, sizes, device)
+    """Of `config` with its vocabulary set, on so many ranks, from the start to the last, whole evaluation."""
+    found = replace(
+        _alone(config, ranks, sizes, device), kernels=_kernels(config, ranks, device), evaluating=_evaluating(config)
+    )
     beside = _teacher(config, ranks)
     if not beside:
         return found
@@ -116,18 +147,43 @@ def _teacher(config: Config, ranks: int) -> dict[str, int]:
     return {"teacher": element_bytes(config) * elements}
 
 
+def _kernels(config: Config, ranks: int, device: Device) -> int:
+    """Lengths of labelled examples that matmul kernels are made for on a CPU, those of larger batches in the last
+    evaluation counted by a third: it has no backward pass."""
+    if device != "cpu" or config.train.precision == "fp32" or not isinstance(config.task, LABELLED_TASKS):
+        return 0
+    known = lengths.of(config)
+    distinct = known.distinct if known else -(-longest_sequence(config) // 8)
+    return distinct + (distinct // 3 if held_out_sequences(config, ranks) != micro_batch(config, ranks) else 0)
+
+
+def _evaluating(config: Config) -> float:
+    if getattr(config.task, "regression", False):
+        return 0.0  # whose metrics are numpy's
+    return EVALUATING_GIB.get(config.task.kind, 0.0)
+
+
+def held_out_sequences(config: Config, ranks: int) -> int:
+    """Of a batch of the last evaluation on one rank."""
+    return max(micro_batch(config, ranks), EVAL_TOKENS // max(1, our_model(config.model).max_seq_len))
+
+
 def _alone(config: Config, ranks: int, sizes: Sizes, device: Device) -> Memory:
     """Without a teacher."""
     element = element_bytes(config)
     setting = Setting(
-        device, element, micro_batch(config, ranks), sequence_length(config),
+        device, element, micro_batch(config, ranks), longest_sequence(config),
         documents=bool(getattr(config.data, "isolate_documents", False)), cpu_kernels=_cpu_kernels(),
     )  # fmt: skip
     found = activations.of(config, setting)
+    held_out = replace(
+        setting, sequences=held_out_sequences(config, ranks), length=longest_sequence(config, held_out=True)
+    )
+    evaluating = activations.evaluating(config, held_out)
     if isinstance(config.engine, AccelerateConfig):
-        return _accelerate(config, ranks, sizes, found, device)
+        return _accelerate(config, ranks, sizes, found, device, evaluating)
     groups = _groups(config, sizes, device)
-    return _Zero(config, config.engine, ranks, sizes, groups, found, element, device).memory()
+    return _Zero(config, config.engine, ranks, sizes, groups, found, element, device, evaluating).memory()
 
 
 def _cpu_kernels() -> bool:
@@ -177,6 +233,7 @@ class _Zero:
     found: Activations
     element: int
     device: Device
+    evaluating: dict[str, int]  # bytes of the last evaluation's largest batch
 
     def option(self, name: str, ours: int) -> int:
         """Of ds_config's zero_optimization: what the user passes through in engine.deepspeed, else ours."""
@@ -325,7 +382,18 @@ class _Zero:
         if update:
             moments.append(Moment("update", _sum(states, update)))
         moments.append(Moment("start", self.building(states)))
+        moments.append(Moment("evaluation", states | self.gathered(backward=False) | self.evaluating))
+        if (copy := self.snapshot(states)) and self.device == "cpu":
+            moments.append(Moment("save", states | {"snapshot": copy}))
         return moments
+
+    def snapshot(self, states: dict[str, int]) -> int:
+        """What a save copies, to write it while training goes on (engine/snapshot.py); of the rank that has most."""
+        engine = self.engine
+        at_once = not self.config.train.async_save or self.config.optimizer.kind == "adamw8bit"
+        if at_once or engine.offload_optimizer != "none" or engine.offload_parameters != "none":
+            return 0
+        return sum(states.get(name, 0) for name in ("parameters", "master", "optimizer"))
 
     @property
     def arriving(self) -> int:
@@ -433,7 +501,9 @@ class _Zero:
         return {"parameters": max(whole, 2 * self.element * total)}
 
 
-def _accelerate(config: Config, ranks: int, sizes: Sizes, found: Activations, device: Device) -> Memory:
+def _accelerate(
+    config: Config, ranks: int, sizes: Sizes, found: Activations, device: Device, evaluating: dict[str, int]
+) -> Memory:
     """DDP and FSDP2 with fp32 weights: autocast keeps a 16-bit copy of the weights of what runs."""
     assert isinstance(config.engine, AccelerateConfig)
     sharded = config.engine.parallel == "fsdp2" and ranks > 1
@@ -451,6 +521,7 @@ def _accelerate(config: Config, ranks: int, sizes: Sizes, found: Activations, de
     moments = (
         Moment("loss", states | held | working),
         Moment("update", states | held | {"gradients": 4 * trained, "temporary": 4 * trained}),
+        Moment("evaluation", states | held | {"gathered": cast} | evaluating),
     )
     return Memory(states, moments, found, assumptions=["engine=accelerate is an estimate that was not measured"])
 

@@ -9,7 +9,7 @@ from bigtrain.config import AccelerateConfig, Config, DecoderConfig, Seq2SeqConf
 from bigtrain.errors import ConfigError
 from bigtrain.plan import communication, flops
 from bigtrain.plan.clusters import Cluster
-from bigtrain.plan.efficiency import of
+from bigtrain.plan.efficiency import HOOKS, of
 from bigtrain.plan.sizes import Sizes, element_bytes
 
 GIB = 2**30
@@ -49,6 +49,9 @@ def hours_for(tokens: float, tokens_per_second: float) -> float:
 STATE_BYTES = {"adamw": 12, "adamw8bit": 6, "adafactor": 4, "lion": 8, "muon": 8}  # fp32 master and moments
 
 
+SAVE_SECONDS = 0.05  # of the smallest save, that all ranks agree and name its files: 0.05 to 0.07 were measured
+
+
 @dataclass(frozen=True)
 class CheckpointCost:
     gib: float  # of one checkpoint, all ranks' files together
@@ -78,7 +81,7 @@ def checkpoint(config: Config, cluster: Cluster, ranks: int, sizes: Sizes) -> Ch
     write = size / (nodes * cluster.disk_gb_per_second * 1e9)
     link = cluster.device.memory_gb_per_second if cluster.device.is_cpu else cluster.host_link_gb_per_second
     copy = size / ranks / (link * 1e9)
-    return CheckpointCost(size / GIB, write, write if at_once else min(copy, write))
+    return CheckpointCost(size / GIB, write + SAVE_SECONDS, SAVE_SECONDS + (write if at_once else min(copy, write)))
 
 
 # ---------------------------------------------------------------------------------------------- inference
@@ -102,6 +105,7 @@ def inference(
 ) -> Inference:
     """Latency of generating with `batch` sequences, prompts of `prompt` tokens (by default half of the longest).
 
+    A CPU's launches and Python are a third of what a layer has beside arithmetic in training: its forward pass.
     Prefill is arithmetic, 2 P T; each further token reads all the weights and the cache once, so that decoding waits
     for memory until the batch is large (arXiv 2211.05102, section 2.1). KV cache: 2 x layers x kv_heads x head_dim x 2
     bytes a token. Raises ConfigError for an encoder, which generates nothing, and for what no node holds.
@@ -138,8 +142,11 @@ def inference(
         sent = 2.0 * tokens * model.dim
         return 2 * model.n_layers * communication.collective_seconds("all_reduce", sent, cluster, devices)
 
-    prefill = max(arithmetic, weights / bandwidth) + talking(batch * prompt)
-    decode = max(waiting, computing) + talking(batch)
+    fixed = efficiency.layer_seconds / 3 * layers if device.is_cpu else 0.0
+    if "layer_seconds" not in device.efficiency:  # those of gathered layers (step_time.assumed)
+        fixed /= HOOKS
+    prefill = max(arithmetic, weights / bandwidth) + talking(batch * prompt) + fixed
+    decode = max(waiting, computing) + talking(batch) + fixed
     return Inference(
         devices, weights / GIB, cache / GIB, prefill, decode, batch / decode,
         "memory" if waiting >= computing else "compute",

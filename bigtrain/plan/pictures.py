@@ -11,7 +11,7 @@ from typing import Any
 from bigtrain.config import Config, DeepSpeedConfig
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.pages import COLOURS, INK, LARGE, MUTED, SMALL, image, page, picture
-from bigtrain.plan import money, recommend, simulate, step_time
+from bigtrain.plan import money, recommend, simulate, step_time, units
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.recommend import Recommendation
 from bigtrain.plan.sizes import Sizes
@@ -31,6 +31,8 @@ class Subject:
     title: str = ""
     tokens: float | None = None
     recommendation: Recommendation | None = None
+    peak_gib: tuple[float, float, float] | None = None  # of a rank: planned, least, most
+    notes: tuple[str, ...] = ()  # of the plan
 
 
 def write_report(subject: Subject, memory: Memory, out: Path) -> Path:
@@ -93,6 +95,9 @@ def draw_memory(stages: dict[str, Parts], room_gib: float) -> bytes | None:
         return None
     names = list(dict.fromkeys(name for parts in stages.values() for name in parts if name != "peak"))
     names = [name for name in names if any(parts.get(name, 0) > 0 for parts in stages.values())]
+    unit, scale = ("GiB", 1) if max(parts.get("peak", 0.0) for parts in stages.values()) >= 1 else ("MiB", 1024)
+    stages = {label: {name: scale * gib for name, gib in parts.items()} for label, parts in stages.items()}
+    shown, room = units.size(room_gib), scale * room_gib
 
     def draw(axes: Any) -> None:
         labels = list(stages)
@@ -104,22 +109,23 @@ def draw_memory(stages: dict[str, Parts], room_gib: float) -> bytes | None:
             axes.barh(labels, widths, left=left, color=colour, hatch=hatch, height=0.62, label=name.replace("_", " "))
             left = [before + width for before, width in zip(left, widths, strict=True)]
         peaks = [stages[label].get("peak", total) for label, total in zip(labels, left, strict=True)]
-        far = max([*left, *peaks, room_gib])
+        far = max([*left, *peaks, room if room < 5 * max(peaks) else 0])  # a small model's bars are to be seen
         for place, (total, peak) in enumerate(zip(left, peaks, strict=True)):
-            too_much = peak > room_gib
-            text = f"{peak:,.1f} GiB" + ("  does not fit" if too_much else "")
+            too_much = peak > room
+            text = units.size(peak / scale) + ("  does not fit" if too_much else "")
             axes.text(
                 max(total, peak) + far * 0.012, place, text, va="center", fontsize=9.5,
                 color=COLOURS[1] if too_much else INK, fontweight="bold" if "*" in labels[place] else "normal",
             )  # fmt: skip
-        axes.axvline(room_gib, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
-        axes.annotate(
-            f"{room_gib:g} GiB", (room_gib, 1), xycoords=("data", "axes fraction"), xytext=(4, 2),
-            textcoords="offset points", fontsize=9, color=INK, va="bottom",
-        )  # fmt: skip
+        if room <= far:
+            axes.axvline(room, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
+            axes.annotate(
+                shown, (room, 1), xycoords=("data", "axes fraction"), xytext=(4, 2),
+                textcoords="offset points", fontsize=9, color=INK, va="bottom",
+            )  # fmt: skip
         axes.invert_yaxis()
         axes.set_xlim(0, far * 1.2)
-        axes.set_xlabel("GiB of the fullest rank")
+        axes.set_xlabel(f"{unit} of the fullest rank" + ("" if room <= far else f", which has {shown}"))
         axes.grid(visible=False, axis="y")
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=4, fontsize=9, labelcolor=INK)
 
@@ -131,16 +137,18 @@ def draw_step(time: step_time.StepTime) -> bytes:
 
     def draw(axes: Any) -> None:
         names = [name for name, seconds in time.parts.items() if seconds > 0]
-        seconds = [time.parts[name] for name in names]
+        unit, per_unit = _axis(max(time.parts.values()))
+        seconds = [time.parts[name] / per_unit for name in names]
         axes.barh(names, seconds, color=[COLOURS[index % len(COLOURS)] for index in range(len(names))], height=0.62)
         for place, value in enumerate(seconds):
             axes.text(
-                value + max(seconds) * 0.015, place, f"{_short(value)}  {value / time.seconds:.0%}",
+                value + max(seconds) * 0.015, place,
+                f"{_short(value * per_unit)}  {value * per_unit / time.seconds:.0%}",
                 va="center", fontsize=9, color=INK,
             )  # fmt: skip
         axes.invert_yaxis()
         axes.set_xlim(0, max(seconds) * 1.35)
-        axes.set_xlabel(f"seconds of a step: {_short(time.seconds)} ({_short(time.low)} to {_short(time.high)})")
+        axes.set_xlabel(f"{unit} of a step: {_short(time.seconds)} ({_short(time.low)} to {_short(time.high)})")
         axes.grid(visible=False, axis="y")
 
     return picture("Where a step's time goes", SMALL, draw)
@@ -219,7 +227,7 @@ def draw_days(subject: Subject, time: step_time.StepTime) -> bytes | None:
         return None
     restarts = [index for index, each in enumerate(run.periods) if each.kind == "restart"]
     periods = run.periods[: restarts[9] + 1] if len(restarts) > 9 else run.periods
-    unit, per_unit = ("days", 24.0) if periods[-1].end >= 48 else ("hours", 1.0)
+    unit, per_unit = units.axis_of_hours(periods[-1].end)
     colours = {"work": COLOURS[0], "save": COLOURS[2], "lost": COLOURS[1], "restart": COLOURS[3]}
     spans: dict[str, list[tuple[float, float]]] = {name: [] for name in colours}
     every_nth = max(1, sum(each.saves for each in periods) // 1500)  # no more than there are pixels
@@ -239,8 +247,8 @@ def draw_days(subject: Subject, time: step_time.StepTime) -> bytes | None:
         axes.set_xlim(0, periods[-1].end / per_unit)
         shown = "to the tenth failure" if len(restarts) > 9 else f"the whole run, {run.failures:,} failures"
         axes.set_xlabel(
-            f"{unit}: {shown}; a checkpoint every {run.interval_seconds / 60:,.3g} minutes; {run.fraction:.1%} of the "
-            "run's time counts"
+            f"{unit}: {shown}; a checkpoint every {units.seconds(run.interval_seconds)}; "
+            f"{units.percent(run.fraction)} of the run's time counts"
         )
         axes.grid(visible=False, axis="y")
 
@@ -253,31 +261,38 @@ def draw_front(recommendation: Recommendation) -> bytes:
     def draw(axes: Any) -> None:
         free = not any(each.bill.cost for each in recommendation.front)
 
-        def paid(bill: money.Bill) -> float:
-            return bill.device_hours if free else bill.cost
-
         front = recommendation.front
+        unit, per_unit = units.axis_of_hours(max(each.bill.hours for each in front))
+        device_unit, per_device_unit = units.axis_of_hours(max(each.bill.device_hours for each in front))
+        cents = not free and max(each.bill.cost for each in front) < 1
+
+        def paid(bill: money.Bill) -> float:
+            return bill.device_hours / per_device_unit if free else bill.cost * (100 if cents else 1)
+
         sizes = [18 + 90 * each.peak_gib / each.cluster.device.memory_gib for each in front]
         stages = [getattr(each.config.engine, "stage", 0) for each in front]
         for stage in sorted(set(stages)):
             chosen = [index for index, found in enumerate(stages) if found == stage]
             axes.scatter(
-                [front[index].bill.hours for index in chosen], [paid(front[index].bill) for index in chosen],
+                [front[index].bill.hours / per_unit for index in chosen], [paid(front[index].bill) for index in chosen],
                 s=[sizes[index] for index in chosen], color=COLOURS[stage], alpha=0.75, label=f"stage {stage}",
                 edgecolors="white", linewidths=0.7,
             )  # fmt: skip
         best = recommendation.best
-        axes.scatter([best.bill.hours], [paid(best.bill)], s=260, facecolors="none", edgecolors=INK, linewidths=1.6)
+        place = (best.bill.hours / per_unit, paid(best.bill))
+        axes.scatter([place[0]], [paid(best.bill)], s=260, facecolors="none", edgecolors=INK, linewidths=1.6)
         axes.annotate(
-            best.short, (best.bill.hours, paid(best.bill)), xytext=(14, -18), textcoords="offset points", fontsize=9,
+            best.short, place, xytext=(14, -18), textcoords="offset points", fontsize=9,
             color=INK, bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}, zorder=5,
         )  # fmt: skip
         axes.set_xscale("log")
+        spread = [each.bill.hours for each in front]
+        few = max(spread) < 5 * min(spread)  # then none of the powers of ten may be among them
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
-        axes.xaxis.set_minor_formatter(lambda value, _: "")
+        axes.xaxis.set_minor_formatter(lambda value, _: f"{value:,.3g}" if few else "")
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
-        axes.set_xlabel("hours (a larger dot takes more memory)")
-        axes.set_ylabel("device hours" if free else "US dollars")
+        axes.set_xlabel(f"{unit} (a larger dot takes more memory)")
+        axes.set_ylabel(f"{device_unit} of devices" if free else "US cents" if cents else "US dollars")
         axes.margins(0.12)
         axes.legend(fontsize=9, labelcolor=INK)
 
@@ -287,6 +302,7 @@ def draw_front(recommendation: Recommendation) -> bytes:
 def draw_timeline(timeline: simulate.Timeline) -> bytes:
     """The last micro-batch of a step on one rank: its computing stream above, its network stream below."""
     events = _last_micro_batch(timeline.events)
+    unit, per_unit = _axis(max((event.end for event in events), default=1.0))
     colours = {"forward": COLOURS[0], "backward": COLOURS[1], "gather": COLOURS[2], "reduce": COLOURS[3],
                "optimizer": COLOURS[4]}  # fmt: skip
 
@@ -299,14 +315,15 @@ def draw_timeline(timeline: simulate.Timeline) -> bytes:
         for event in events:
             name = kind(event.name)
             axes.barh(
-                lanes[event.stream], event.end - event.start, left=event.start, height=0.72, edgecolor="white",
+                lanes[event.stream], (event.end - event.start) / per_unit, left=event.start / per_unit, height=0.72,
+                edgecolor="white",
                 linewidth=0.4, color=colours.get(name, MUTED), label=None if name in seen else name,
             )  # fmt: skip
             seen.add(name)
         shown = {event.stream for event in events}
         axes.set_yticks([lanes[stream] for stream in lanes if stream in shown], [s for s in lanes if s in shown])
         axes.set_xlabel(
-            f"seconds; the whole step is {_short(timeline.seconds)}, "
+            f"{unit}; the whole step is {_short(timeline.seconds)}, "
             f"{_short(timeline.exposed)} of it waiting for the network"
         )
         axes.grid(visible=False, axis="y")
@@ -320,8 +337,12 @@ def _last_micro_batch(events: list[simulate.Event]) -> list[simulate.Event]:
     return sorted((event for event in events if event.end > start), key=lambda event: event.start)
 
 
-def _short(seconds: float) -> str:
-    return f"{seconds:,.3g} s" if seconds >= 0.1 else f"{1000 * seconds:,.3g} ms"
+def _axis(seconds: float) -> tuple[str, float]:
+    """(unit of an axis that ends at so many seconds, seconds in one of it)."""
+    return ("seconds", 1.0) if seconds >= 0.5 else ("milliseconds", 1e-3)
+
+
+_short = units.seconds
 
 
 # ---------------------------------------------------------------------------------------------------- page
@@ -335,19 +356,35 @@ def render(subject: Subject, time: step_time.StepTime, pictures: dict[str, bytes
         f"{subject.sizes.total:,} parameters on {subject.ranks} x {subject.cluster.device.name} "
         f"({subject.cluster.name}), {subject.config.train.precision}"
     )
+    shorter, longer = time.low / time.seconds, time.high / time.seconds
+    rate = time.tokens_per_second
     cards = [
         ("Step", _short(time.seconds), f"{_short(time.low)} to {_short(time.high)}"),
-        ("Tokens per second", f"{time.tokens_per_second:,.0f}", ""),
-        ("MFU", f"{time.mfu:.1%}", f"HFU {time.hfu:.1%}"),
+        ("Tokens per second", units.number(rate), f"{units.number(rate / longer)} to {units.number(rate / shorter)}"),
+        ("MFU", units.percent(time.mfu), f"HFU {units.percent(time.hfu)}"),
     ]
+    if subject.peak_gib:
+        middle, low, high = map(units.size, subject.peak_gib)
+        cards.append(
+            ("Memory of a rank", middle, f"{low} to {high}, of {units.size(subject.cluster.device.memory_gib)}")
+        )
     if subject.tokens:
         hours = money.hours_for(subject.tokens, time.tokens_per_second)
         bill = money.bill(hours, subject.ranks, subject.cluster)
+
+        def to(shown: Callable[[float], str], value: float) -> str:
+            return f"{shown(value * shorter)} to {shown(value * longer)}"
+
+        priced = f"{to(units.dollars, bill.cost)}, " if bill.cost else "the cluster has no price, "
+        steps = f"{to(units.hours, hours)}, all steps of {units.number(subject.tokens)} tokens"
         cards += [
-            ("Hours", f"{hours:,.4g}", f"{subject.tokens:.3g} tokens"),
-            ("US dollars", f"{bill.cost:,.0f}", f"{bill.device_hours:,.0f} device hours"),
-            ("Energy", f"{bill.energy_kwh:,.0f} kWh", f"{bill.kg_co2:,.0f} kg CO2"),
-        ]
+            ("Time", units.hours(hours), steps),
+            ("Cost", units.dollars(bill.cost), f"{priced}{units.hours(bill.device_hours)} of devices"),
+            (
+                "Energy", units.energy(bill.energy_kwh),
+                f"{to(units.energy, bill.energy_kwh)}, {units.mass(bill.kg_co2)} CO2",
+            ),
+        ]  # fmt: skip
     boxes = "".join(
         f'<div class="card"><span>{escape(name)}</span><b>{escape(value)}</b><small>{escape(note)}</small></div>'
         for name, value, note in cards
@@ -360,8 +397,9 @@ def render(subject: Subject, time: step_time.StepTime, pictures: dict[str, bytes
     small = "".join(image(name, png, name) for name, png in pictures.items() if name not in LARGE_ONES)
     body.append(f'<div class="grid">{small}</div><p></p>')
     body += [image(name, pictures[name], name) for name in LARGE_ONES[1:] if name in pictures]
-    if time.notes:
-        body.append("<h2>How sure</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in time.notes) + "</ul>")
+    notes = list(dict.fromkeys([*time.notes, *subject.notes]))
+    if notes:
+        body.append("<h2>How sure</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>")
     return page(title, "".join(body))
 
 

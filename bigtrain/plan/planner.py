@@ -15,12 +15,13 @@ from bigtrain.config import (
     micro_batch,
 )
 from bigtrain.errors import ConfigError
-from bigtrain.plan import communication, memory, money, step_time
+from bigtrain.plan import communication, flops, lengths, memory, money, step_time
 from bigtrain.plan import sizes as parameter_sizes
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.memory import Memory
 from bigtrain.plan.result import GIB, Plan
 from bigtrain.plan.sizes import Sizes
+from bigtrain.plan.units import size
 
 ZERO_PAPER = "arXiv 1910.02054, sections 3 and 5"
 LIBRARIES_VARY = 0.75  # of their memory: whole ranks of 0.30 GiB were measured where 0.4 are taken for libraries
@@ -58,6 +59,7 @@ def make(config: Config, cluster: Cluster, tokens: float | None = None) -> Plan:
             f" {config.model.vocab_size:,} is taken; model.vocab_size=N says what it is"
         )
     _parameters(plan, sizes)
+    _lengths(plan, config)
     _memory(plan, config, cluster, sizes)
     _communication(plan, config, cluster, sizes)
     _time(plan, config, cluster, sizes, tokens)
@@ -75,6 +77,14 @@ def _parameters(plan: Plan, sizes: Sizes) -> None:
     plan.add("trained_parameters", sizes.trained, "", kept, source)
 
 
+def _lengths(plan: Plan, config: Config) -> None:
+    known = lengths.of(config)
+    source = "the prepared data" if known else "model.max_seq_len, or task.max_length"
+    for name, value in {"mean": flops.sequence_length(config), "longest": flops.longest_sequence(config)}.items():
+        formula = f"{name} over batches, padded to their longest example" if known else "all are taken for full"
+        plan.sequence_length[name] = plan.add(f"sequence_length.{name}", value, "tokens", formula, source)
+
+
 def _said(cluster: Cluster, name: str) -> str:
     """Where the cluster's file has a number of its own from."""
     return cluster.source.get(name, f"{name} of {cluster.name}, whose file names no source")
@@ -86,6 +96,7 @@ def _said(cluster: Cluster, name: str) -> str:
 def _memory(plan: Plan, config: Config, cluster: Cluster, sizes: Sizes) -> None:
     device = cluster.device
     found = memory.estimate(config, plan.ranks, sizes, "cpu" if device.is_cpu else "cuda")
+    found = memory.saving_in_room(found, device)
     plan.memory = memory.needed(found, device)
     plan.device_memory_gib = device.memory_gib
     saved = found.activations
@@ -102,14 +113,19 @@ def _memory(plan: Plan, config: Config, cluster: Cluster, sizes: Sizes) -> None:
     plan.disk_gib = per_node * found.disk / GIB
     _explain_memory(plan, config, cluster, sizes, found)
     margin, notes = _memory_margin(plan.memory, config, cluster, found)
-    plan.add_interval("memory.peak", plan.memory["peak"], margin, "bigtrain/plan/planner.py, _memory_margin")
+    peak = plan.memory["peak"]
+    low, high = peak / (1 + margin), peak * (1 + margin)
+    if (shorter := flops.shortened(config)) is not None:
+        least = memory.estimate(shorter, plan.ranks, sizes, "cpu" if device.is_cpu else "cuda")
+        low = min(low, memory.needed(least, device)["peak"] / (1 + margin))
+    plan.add_interval("memory.peak", peak, low, high, "bigtrain/plan/planner.py, _memory_margin")
     plan.warnings += notes
     short = [
         ("device memory", plan.memory["peak"], device.memory_gib),
         ("host memory", plan.host_memory_gib, cluster.host_memory_gib),
         ("disk", plan.disk_gib, cluster.disk_gib),
     ]
-    missing = [f"{name}: {needed:,.1f} GiB of {there:,.1f}" for name, needed, there in short if needed > there]
+    missing = [f"{name}: {size(needed)} of {size(there)}" for name, needed, there in short if needed > there]
     plan.fits, plan.binding = not missing, "; ".join(missing)
 
 
@@ -132,7 +148,11 @@ def _memory_margin(
     if cluster.device.is_cpu:
         share = LIBRARIES_VARY * needed["context"] / needed["peak"]
         if share >= 0.01:
-            widen(share, f"libraries take {needed['context']:.2g} GiB, more or less by what a run loads")
+            widen(share, f"libraries take {size(needed['context'])}, more or less by what a run loads")
+        if kernels := needed.get("kernels", 0) / needed["peak"]:
+            widen(
+                kernels, f"{found.kernels} lengths of examples have kernels made for each, of {memory.KERNELS_MIB} MiB"
+            )
     else:
         widen(0.12, "held to real runs on CPUs; on a GPU fragmentation comes on top")
     for assumption in found.assumptions:
@@ -165,16 +185,33 @@ def _memory_margin(
 def _explain_memory(plan: Plan, config: Config, cluster: Cluster, sizes: Sizes, found: Memory) -> None:
     described = _accelerate_formulas if isinstance(config.engine, AccelerateConfig) else _zero_formulas
     activations = "what each operator saves for its gradient", "arXiv 2205.05198, section 4; plan/activations.py"
+    held_out = f"at most what a block would save, {memory.held_out_sequences(config, plan.ranks)} sequences at a time"
+    peak_activations, logits = (
+        activations,
+        ("a chunk of logits, and the loss's gradients", "bigtrain/models/cross_entropy.py"),
+    )
+    if found.peak.name == "evaluation":
+        peak_activations = held_out, "bigtrain/plan/activations.py, evaluating"
+        logits = (
+            "those that the task reads, or a text's cache as it is written",
+            "bigtrain/plan/activations.py, evaluating",
+        )
+    more = f", and {found.evaluating} of what evaluates" if found.evaluating and cluster.device.is_cpu else ""
     without = "" if found.tracer or not cluster.device.is_cpu else f", less {memory.TRACER_GIB} of TorchDynamo"
     formulas = {
-        "activations": activations,
-        "logits": ("a chunk of logits, and the loss's gradients", "bigtrain/models/cross_entropy.py"),
+        "activations": peak_activations,
+        "logits": logits,
+        "kernels": (
+            f"{memory.KERNELS_MIB} MiB x {found.kernels} lengths, those of an evaluation's batches among them",
+            "resident memory of real ranks; oneDNN's primitive cache",
+        ),
+        "snapshot": ("parameters + master + optimizer, once more", "bigtrain/engine/snapshot.py"),
         "teacher": (
             f"{parameter_sizes.element_bytes(config)} P of the teacher, / N where sharded",
             "bigtrain/compress/teacher.py",
         ),
         "rounding": ("half of device.block_mib for each large tensor", _said(cluster, "device.block_mib")),
-        "context": (f"device.context_gib: libraries and driver{without}", _said(cluster, "device.context_gib")),
+        "context": (f"device.context_gib: libraries and driver{without}{more}", _said(cluster, "device.context_gib")),
         "peak": (f"their sum, at the fullest moment: {found.peak.name}", "bigtrain/plan/memory.py"),
     } | described(config, cluster, sizes, found)
     for name, gib in plan.memory.items():
@@ -261,17 +298,20 @@ def _time(plan: Plan, config: Config, cluster: Cluster, sizes: Sizes, tokens: fl
     ours = "bigtrain/plan/step_time.py"
     seconds = plan.add("step_seconds", found.seconds, "s", "sum of the parts under time", ours)
     plan.step_seconds, plan.time = seconds, dict(found.parts)
-    plan.add_interval("step_seconds", seconds, found.high / seconds - 1, f"{ours}, _margin")
+    plan.add_interval("step_seconds", seconds, found.low, found.high, f"{ours}, _margin")
     plan.tokens_per_step, plan.tokens_per_second = found.tokens, found.tokens_per_second
     plan.mfu, plan.hfu = found.mfu, found.hfu
     for part, value in found.parts.items():
         plan.add(f"time.{part}", value, "s", *step_time.FORMULAS[part])
     sequences = "train.global_batch x tokens of a sequence (of an encoder-decoder, of both)"
     plan.add("tokens_per_step", found.tokens, "tokens", sequences, "bigtrain/plan/flops.py")
-    plan.add("tokens_per_second", found.tokens_per_second, "tokens/s", "tokens_per_step / step_seconds", ours)
+    rate = plan.add("tokens_per_second", found.tokens_per_second, "tokens/s", "tokens_per_step / step_seconds", ours)
+    slower, faster = found.tokens_per_second * seconds / found.high, found.tokens_per_second * seconds / found.low
+    plan.add_interval("tokens_per_second", rate, slower, faster, f"{ours}, _margin")
     formula = "(6 per multiplied weight + 12 layers h T) x tokens / (peak x time)"
     plan.add("mfu", found.mfu, "", formula, "arXiv 2204.02311, appendix B")
-    plan.add("hfu", found.hfu, "", "recomputation counted too", "arXiv 2205.05198, section 6")
+    again = "as mfu, and what is computed again: scores in the backward pass, blocks with activation checkpointing"
+    plan.add("hfu", found.hfu, "", again, "arXiv 2205.05198, section 6; 2205.14135")
     plan.warnings += found.notes
     if tokens is None:
         plan.steps, plan.tokens = config.train.steps, float(config.train.steps * found.tokens)
@@ -289,6 +329,9 @@ def _time(plan: Plan, config: Config, cluster: Cluster, sizes: Sizes, tokens: fl
         "energy_kwh", paid.energy_kwh, "kWh", "device hours x watts x PUE", "arXiv 2302.13971, section 6"
     )
     plan.co2_kg = plan.add("co2_kg", paid.kg_co2, "kg", "energy x the grid's intensity", "arXiv 2302.13971, section 6")
+    for name in ("hours", "cost", "energy_kwh", "co2_kg"):
+        value = getattr(plan, name)
+        plan.add_interval(name, value, value * found.low / seconds, value * found.high / seconds, f"{ours}, _margin")
     saved = money.checkpoint(config, cluster, plan.ranks, sizes)
     plan.checkpoint_gib = plan.add(
         "checkpoint_gib", saved.gib, "GiB", "weights, fp32 master, moments", "bigtrain/plan/money.py"
@@ -311,12 +354,13 @@ def _inference(plan: Plan, config: Config, cluster: Cluster, sizes: Sizes) -> No
         "decode_seconds": found.decode_seconds,
         "tokens_per_second": found.tokens_per_second,
     }
+    beside = "all-reduces, and layers x layer_seconds / 3 on a CPU"
     formulas = {
         "devices": ("", "(weights + cache) / memory of a device, rounded up"),
         "weights_gib": ("GiB", "2 P"),
         "kv_cache_gib": ("GiB", "2 x 2 bytes x layers x kv_heads x head_dim x max_seq_len"),
-        "prefill_seconds": ("s", "max(2 P T / (peak x efficiency), weights / bandwidth), and all-reduces"),
-        "decode_seconds": ("s", "max((weights + cache) / bandwidth, 2 P / (peak x efficiency)), and all-reduces"),
+        "prefill_seconds": ("s", f"max(2 P T / (peak x efficiency), weights / bandwidth), {beside}"),
+        "decode_seconds": ("s", f"max((weights + cache) / bandwidth, 2 P / (peak x efficiency)), {beside}"),
         "tokens_per_second": ("tokens/s", "1 / decode_seconds"),
     }
     for name, value in plan.inference.items():

@@ -13,7 +13,7 @@ from bigtrain.config import LABELLED_TASKS, Config, DeepSpeedConfig, HuggingFace
 from bigtrain.errors import BigtrainError, ConfigError
 from bigtrain.files import write_atomic
 from bigtrain.hardware import Placement
-from bigtrain.plan import clusters, memory, planner, sizes, table
+from bigtrain.plan import clusters, memory, planner, sizes, units
 from bigtrain.plan.result import GIB
 
 FILE = "plan.json"  # in the run directory
@@ -39,10 +39,10 @@ def check(config: Config, placement: Placement) -> None:
     found = planner.nearest_fit(config, clusters.of(placement))
     way_out = "take a smaller model, shorter sequences or a larger machine"
     if found is not None:
-        way_out = f"what fits: {' '.join(found[0])} ({table.size(found[1].memory['peak'])})"
+        way_out = f"what fits: {' '.join(found[0])} ({units.size(found[1].memory['peak'])})"
     raise BigtrainError(
-        f"the run needs at least {table.size(least)} on each of {placement.world_size} ranks, {where}"
-        f" {table.size(there)} (bigtrain plan shows what for); {way_out}; launch.preflight=false starts it all the same"
+        f"the run needs at least {units.size(least)} on each of {placement.world_size} ranks, {where}"
+        f" {units.size(there)} (bigtrain plan shows what for); {way_out}; launch.preflight=false starts it all the same"
     )
 
 
@@ -58,7 +58,7 @@ def least_gib(config: Config, placement: Placement) -> float | None:
     if shorter or train.compile or train.lora.rank or found.assumptions:
         certain = sum(found.states.values())
     else:
-        certain = found.peak.total
+        certain = found.certain.total
     return certain * (CERTAIN if placement.device == "cpu" else ON_A_GPU) / GIB
 
 

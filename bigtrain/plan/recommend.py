@@ -118,9 +118,11 @@ class Candidate:
         """
         defaults, sections = [], {}
         recipe = yaml.safe_load((conf_dir() / "config.yaml").read_text(encoding="utf-8"))
-        real, public = schema.to_dict(self.config), schema.public(self.config)
+        # Where the data lies prepared here is nothing that a run is told.
+        config = replace(self.config, data=replace(self.config.data, prepared_dir=None))
+        real, public = schema.to_dict(config), schema.public(config)
         for name in ("model", "task", "data", "engine", "optimizer", "schedule", "train", "compress", "launch"):
-            part = getattr(self.config, name)
+            part = getattr(config, name)
             default = dataclasses.asdict(type(part)())
             if kinds(type(part)):
                 defaults.append({f"override /{name}": f"_{part.kind}"})

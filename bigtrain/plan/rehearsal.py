@@ -17,15 +17,17 @@ from bigtrain.config import (
     Config,
     EncoderConfig,
     HuggingFaceConfig,
+    InstructionConfig,
     MaskedLMConfig,
+    TranslationConfig,
     accumulation_steps,
     micro_batch,
 )
 from bigtrain.engine import optimizers, start
 from bigtrain.models import heads
 from bigtrain.models.lora import add_lora
-from bigtrain.plan import sizes
-from bigtrain.plan.flops import sequence_length
+from bigtrain.plan import memory, sizes
+from bigtrain.plan.flops import longest_sequence
 from bigtrain.plan.measured import LiveBytes
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -37,15 +39,18 @@ class Rehearsed:
 
     peak: int  # at any time
     states: int  # between two steps
-    phases: dict[str, int]  # building, forward, backward, step -> its most
+    phases: dict[str, int]  # building, forward, backward, step, evaluation -> its most
     parts: dict[str, int]  # parameters, master, optimizer, gradients between two steps
     stepped: bool  # the optimizer itself has run, which an overflow would have kept it from
 
 
-def rehearse(config: Config, device: torch.device, steps: int = 2, in_precision: bool = False) -> Rehearsed:
+def rehearse(
+    config: Config, device: torch.device, steps: int = 2, in_precision: bool = False, evaluates: bool = False
+) -> Rehearsed:
     """Build the engine that `config` (with its vocabulary set) asks for and take `steps` steps, in this rank.
 
     The process group must be there. in_precision: the model is built in train.precision, not converted afterwards.
+    evaluates: a batch of the last, whole evaluation follows.
     """
     ranks = torch.distributed.get_world_size()
     batch, accumulation = micro_batch(config, ranks), accumulation_steps(config, ranks)
@@ -74,7 +79,14 @@ def rehearse(config: Config, device: torch.device, steps: int = 2, in_precision:
             stepped = bool(engine.step(1.0).applied) and len(updates) > before
             del inputs
             live.phase = "between"
-    return Rehearsed(live.peak, live.live, live.peaks, state_bytes(engine), stepped)
+        states = live.live
+        if evaluates:
+            live.phase = "evaluation"
+            engine.model.eval()
+            inputs = example(config, memory.held_out_sequences(config, ranks), device)
+            with torch.no_grad():
+                engine.evaluate(lambda model, batch: _evaluate(config, model, batch), inputs)
+    return Rehearsed(live.peak, states, live.peaks, state_bytes(engine), stepped)
 
 
 def build_model(config: Config, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -112,7 +124,7 @@ def _encoder(config: Config, model: EncoderConfig) -> torch.nn.Module:
 
 def example(config: Config, sequences: int, device: torch.device) -> Batch:
     """A micro-batch of random tokens at full length."""
-    vocabulary, length = config.model.vocab_size or 0, sequence_length(config)
+    vocabulary, length = config.model.vocab_size or 0, longest_sequence(config)
     tokens = torch.randint(0, vocabulary, (sequences, length), device=device)
     batch = {"tokens": tokens, "targets": tokens}
     if isinstance(config.task, MaskedLMConfig):
@@ -137,6 +149,30 @@ def _loss(config: Config, model: torch.nn.Module, batch: Batch) -> LossSums:
     if config.model.kind == "seq2seq":
         return LossSums(*model(batch["tokens"], None, batch["tokens"], batch["targets"]))
     return LossSums(*model(batch["tokens"], batch["targets"]))
+
+
+def _evaluate(config: Config, model: torch.nn.Module, batch: Batch) -> None:
+    """What the task's `evaluate` computes, on what `example` made."""
+    tokens, targets = batch["tokens"], batch["targets"]
+    if isinstance(config.task, MaskedLMConfig):
+        logits, _ = model(tokens, None, batch["token_types"], targets, predict=True)
+        F.cross_entropy(logits.float(), targets[targets != IGNORED], reduction="sum")
+    elif isinstance(config.task, InstructionConfig):
+        logits = model(tokens).float()
+        F.cross_entropy(logits.transpose(1, 2), targets, reduction="none", ignore_index=IGNORED)
+    elif isinstance(config.task, TranslationConfig):
+        from bigtrain.models import decoder_layers
+        from bigtrain.models.generation import translate
+
+        mask = torch.ones_like(tokens)
+        read = model(tokens, mask)
+        model(tokens, mask, tokens, targets, 0.0, read)
+        never = {"cls": 0, "sep": -1, "pad": 0}  # ends no text before max_new_tokens
+        options = {"do_sample": False, "num_beams": config.task.num_beams}
+        vocabulary, most = config.model.vocab_size or 0, config.task.max_new_tokens
+        translate(model, decoder_layers(model), read, mask, never, vocabulary, most, options)
+    else:
+        _loss(config, model, batch)
 
 
 def state_bytes(engine: Any) -> dict[str, int]:

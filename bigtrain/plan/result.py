@@ -35,6 +35,8 @@ class Plan:
     trained_parameters: int
     micro_batch: int = 0  # sequences of one rank at a time
     accumulation: int = 0  # micro-batches of a step
+    # of a text, padding counted: mean, longest; known: whether the prepared data says so, else the model's longest
+    sequence_length: dict[str, float] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)  # part -> GiB on the device, and `peak`, their largest sum
     # ... and whether activation checkpointing is on or not, GiB of activations with and without it
     activations: dict[str, float] = field(default_factory=dict)  # per_layer, with_checkpointing, without_checkpointing
@@ -60,7 +62,7 @@ class Plan:
     co2_kg: float | None = None
     checkpoint_stall_seconds: float | None = None  # for each checkpoint
     inference: dict[str, float] = field(default_factory=dict)  # of the result: weights_gib, kv_cache_gib, decode_ms ...
-    # step_seconds, memory.peak -> least and most
+    # step_seconds, tokens_per_second, hours, cost, energy_kwh, co2_kg, memory.peak -> least and most
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)  # among them: outside of what was validated
     lines: list[Line] = field(default_factory=list)
@@ -70,13 +72,13 @@ class Plan:
         self.lines.append(Line(name, value, unit, formula, source))
         return value
 
-    def add_interval(self, name: str, middle: float, margin: float, source: str) -> None:
-        """From middle / (1 + margin) to middle x (1 + margin)."""
-        self.intervals[name] = (middle / (1 + margin), middle * (1 + margin))
-        low, high = self.intervals[name]
+    def add_interval(self, name: str, middle: float, low: float, high: float, source: str) -> None:
+        """Of the number `name`, noted before."""
+        self.intervals[name] = (low, high)
         unit = next(line.unit for line in self.lines if line.name == name)
-        self.add(f"intervals.{name}.low", low, unit, f"{name} / {1 + margin:.3g}", source)
-        self.add(f"intervals.{name}.high", high, unit, f"{name} x {1 + margin:.3g}", source)
+        below, above = (f"{middle / low:.3g}" if low else "0"), (f"{high / middle:.3g}" if middle else "0")
+        self.add(f"intervals.{name}.low", low, unit, f"{name} / {below}", source)
+        self.add(f"intervals.{name}.high", high, unit, f"{name} x {above}", source)
 
     def to_dict(self, explain: bool = False) -> dict[str, Any]:
         """Plain data, without infinities: JSON has none. explain: with the formulas."""

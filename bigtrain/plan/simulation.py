@@ -6,7 +6,7 @@ from typing import Any
 
 from bigtrain.config import Config
 from bigtrain.errors import ConfigError
-from bigtrain.plan import money, simulate, step_time
+from bigtrain.plan import money, simulate, step_time, units
 from bigtrain.plan import sizes as parameter_sizes
 from bigtrain.plan.clusters import Cluster
 from bigtrain.plan.simulate import FAILURE_YEARS, YEAR, Goodput
@@ -27,10 +27,11 @@ def of(
     exposed = max(0.0, even - (closed.seconds - closed.parts["communication"]))
     curve = simulate.scaling(config, cluster, ranks, sizes, simulate.counts(cluster, ranks), jitter)
     lines = [
-        f"simulated step: {seconds:,.4g} s (closed form, without stragglers: {closed.seconds:,.4g} s); of it exposed "
-        f"communication {exposed:,.3g} s ({closed.parts['communication']:,.3g} s), stragglers {seconds - even:,.3g} s",
+        f"simulated step: {units.seconds(seconds)} (closed form, without stragglers: {units.seconds(closed.seconds)}); "
+        f"of it exposed communication {units.seconds(exposed)} ({units.seconds(closed.parts['communication'])}), "
+        f"stragglers {units.seconds(seconds - even)}",
         "scaling, the same work for each device (tokens/s, of linear):",
-        *(f"  {devices:>9,}: {speed:,.0f}, {share:.1%}" for devices, speed, share in curve),
+        *(f"  {devices:>9,}: {units.number(speed)}, {units.percent(share)}" for devices, speed, share in curve),
     ]
     run_lines, run = _days(config, cluster, sizes, steps, seconds, mtbf_hours or FAILURE_YEARS * YEAR / 3600)
     return lines + run_lines, {
@@ -66,7 +67,7 @@ def _days(
     asked, best = kept(simulate.interval_of(config, step_seconds, hours)), kept(None)
     every = config.train.save_every
     lines = [
-        f"{hours / between:,.3g} failures in {hours:,.4g} hours of steps, one every {between:,.4g} hours "
+        f"{hours / between:,.3g} failures in {units.hours(hours)} of steps, one every {units.hours(between)} "
         f"(mtbf_hours={mtbf_hours:,.0f} of a device)",
         f"  saving {f'every {every:,} steps' if every else 'only at the end'} (train.save_every): {_said(asked)}",
         f"  saving every {_steps(best, step_seconds):,} steps (best): {_said(best)}"
@@ -89,8 +90,9 @@ def _said(found: Goodput | None) -> str:
     if found is None:
         return "never gets ahead"
     return (
-        f"goodput {found.fraction:.1%}, {found.hours:,.4g} hours with failures ({found.lost_hours:,.3g} of steps done "
-        f"again, {found.checkpoint_hours:,.3g} of saving, {found.restart_hours:,.3g} of restarting)"
+        f"goodput {units.percent(found.fraction)}, {units.hours(found.hours)} with failures "
+        f"({units.hours(found.lost_hours)} of steps done again, {units.hours(found.checkpoint_hours)} of saving, "
+        f"{units.hours(found.restart_hours)} of restarting)"
     )
 
 

@@ -14,14 +14,13 @@ from typing import Any
 from bigtrain.config import ClassificationConfig, Config, DeepSpeedConfig, accumulation_steps, micro_batch
 from bigtrain.plan import communication, flops
 from bigtrain.plan.clusters import Cluster
-from bigtrain.plan.efficiency import FIXED, Efficiency, measured_widths, of
+from bigtrain.plan.efficiency import FIXED, HOOKS, Efficiency, measured_widths, of
 from bigtrain.plan.sizes import Sizes, element_bytes, of_run, teacher
 
 # Bytes that an optimizer step moves for each parameter: fp32 master and moments read and written, gradient read, weight
 # written. Muon's matmuls come on top.
 OPTIMIZER_BYTES = {"adamw": 28, "adamw8bit": 16, "adafactor": 20, "lion": 20, "muon": 24}
 HOST_BYTES_PER_SECOND = 200e9  # of a node's main memory, for an optimizer on the CPU: eight channels of DDR4
-HOOKS = 3.0  # how much longer a layer's fixed seconds are with ZeRO-3's hooks
 GRADIENT_PASSES = 6  # over each gradient: into a bucket, divided there, out of it and onto the earlier ones
 MUON_MATMULS = 15  # five Newton-Schulz iterations of three matmuls
 
@@ -83,6 +82,19 @@ def estimate(config: Config, cluster: Cluster, ranks: int, sizes: Sizes) -> Step
 
     sizes: what the run builds (sizes.of_run). Raises ConfigError for a model whose shape is not known.
     """
+    found = _estimate(config, cluster, ranks, sizes)
+    if (shorter := flops.shortened(config)) is None:
+        return found
+    least = _estimate(shorter, cluster, ranks, sizes).low
+    full, short = flops.sequence_length(config), flops.sequence_length(shorter)
+    note = (
+        f"step time: the data is not prepared here, so that all examples are taken for {full} tokens long; the"
+        f" interval begins at what {short} take"
+    )
+    return replace(found, low=min(found.low, least), notes=[*found.notes, note])
+
+
+def _estimate(config: Config, cluster: Cluster, ranks: int, sizes: Sizes) -> StepTime:
     efficiency = assumed(config, cluster)
     ideal_step = ideal(config, cluster, ranks, sizes.total, sizes.trained)
     parts, communicated = combine(ideal_step, efficiency, overlapped(config, cluster))
@@ -93,7 +105,8 @@ def estimate(config: Config, cluster: Cluster, ranks: int, sizes: Sizes) -> Step
     micro_batches = ranks * ideal_step.accumulation
     tokens = work.tokens * micro_batches
     peak = cluster.device.tflops(config.train.precision) * 1e12 * ranks
-    margin, notes = _margin(config, cluster, ranks, efficiency, sizes.total)
+    fixed = parts_fixed(ideal_step, efficiency) / total
+    margin, notes = _margin(config, cluster, ranks, efficiency, sizes.total, fixed)
     return StepTime(
         parts=parts, low=total / (1 + margin), high=total * (1 + margin), tokens=tokens,
         tokens_per_second=tokens / total,
@@ -185,6 +198,12 @@ def combine(ideal_step: Ideal, efficiency: Efficiency, overlap: bool) -> tuple[d
     return parts, every + once
 
 
+def parts_fixed(one: Ideal, efficiency: Efficiency) -> float:
+    """Seconds of a step that no arithmetic takes: hooks, launches, Python."""
+    layers = one.layers * (one.accumulation * efficiency.layer_seconds + efficiency.layer_step_seconds)
+    return layers + efficiency.step_seconds
+
+
 def ideal(
     config: Config, cluster: Cluster, ranks: int, parameters: int, trained: int | None = None, precision: str = ""
 ) -> Ideal:
@@ -261,11 +280,12 @@ def _optimizer(config: Config, cluster: Cluster, ranks: int, trained: int, peak:
 
 
 def _margin(
-    config: Config, cluster: Cluster, ranks: int, efficiency: Efficiency, parameters: int
+    config: Config, cluster: Cluster, ranks: int, efficiency: Efficiency, parameters: int, fixed: float
 ) -> tuple[float, list[str]]:
     """Half the width of the interval as a fraction, and a line for all that widens it.
 
-    0.10 is the 90th percentile of the error on public rows of models that the constants were not fitted on.
+    fixed: the share of a step that is hooks, launches and Python. 0.10 is the 90th percentile of the error on public
+    rows of models that the constants were not fitted on.
     """
     margin, notes = 0.10, []
     model = flops.our_model(config.model)
@@ -280,6 +300,8 @@ def _margin(
             widen(0.5, "this CPU was not measured (bigtrain doctor --cluster-file FILE)")
         else:
             widen(0.1, "kernels of a CPU differ more by shape than those of a GPU")
+        if fixed >= 0.1:
+            widen(fixed, f"{fixed:.0%} of it is a small model's hooks, launches and Python, which vary with the load")
     elif not efficiency.validated:
         widen(0.25, f"{cluster.device.name} has no public rows here: taken for a Hopper GPU")
     engine = config.engine

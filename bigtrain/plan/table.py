@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from io import StringIO
 
 from bigtrain.plan.result import Plan
+from bigtrain.plan.units import dollars, energy, hours, mass, number, percent, seconds, sent, size
 
 
 def show(plan: Plan, explain: bool = False) -> str:
@@ -22,6 +24,8 @@ def show(plan: Plan, explain: bool = False) -> str:
     )
     batch = f"{plan.micro_batch} sequences x {plan.accumulation} a step, on each of {plan.ranks} ranks"
     table.add_row("micro-batch", f"{plan.micro_batch} x {plan.accumulation}", batch)
+    length = plan.sequence_length
+    table.add_row("tokens of a text", f"{length['mean']:,.0f}", f"at most {length['longest']:,.0f}, padding counted")
     parts = sorted((k for k in plan.memory if k != "peak" and plan.memory[k]), key=lambda k: -plan.memory[k])
     colour = "green" if plan.fits else "red"
     low, high = plan.intervals["memory.peak"]
@@ -46,20 +50,32 @@ def show(plan: Plan, explain: bool = False) -> str:
         for name, value in plan.time.items():
             if value:
                 table.add_row(f"  {name}", seconds(value), _bar(value / plan.step_seconds))
-        for name, sent in plan.communication.items():
-            table.add_row("  sent", f"{sent:,.2f} GB", name)
-        table.add_row("tokens/s", f"{plan.tokens_per_second:,.0f}", f"MFU {plan.mfu:.1%}, HFU {plan.hfu:.1%}")
-        table.add_row("run", f"{plan.hours:,.1f} h", f"{plan.steps:,} steps, {plan.tokens:,.0f} tokens")
-        table.add_row("cost", f"${plan.cost:,.2f}", f"{plan.energy_kwh:,.1f} kWh, {plan.co2_kg:,.1f} kg CO2e")
-        stall = f"training waits {seconds(plan.checkpoint_stall_seconds or 0)} for each"
+        for name, gb in plan.communication.items():
+            table.add_row("  sent", sent(gb), name)
+        table.add_row(
+            "tokens/s", number(plan.tokens_per_second or 0),
+            f"{_range(plan, 'tokens_per_second', number)}; MFU {percent(plan.mfu or 0)}, HFU {percent(plan.hfu or 0)}",
+        )  # fmt: skip
+        table.add_row(
+            "run", hours(plan.hours or 0),
+            f"{_range(plan, 'hours', hours)}: {plan.steps:,} steps, {plan.tokens:,.0f} tokens; "
+            "start, evaluations and saves come on top",
+        )  # fmt: skip
+        priced = _range(plan, "cost", dollars) if plan.cost else "the cluster has no price"
+        table.add_row("cost", dollars(plan.cost or 0), priced)
+        table.add_row(
+            "energy", energy(plan.energy_kwh or 0),
+            f"{_range(plan, 'energy_kwh', energy)}; {mass(plan.co2_kg or 0)} CO2e",
+        )  # fmt: skip
+        stall = f"training waits about {seconds(plan.checkpoint_stall_seconds or 0)} for each"
         table.add_row("checkpoint", size(plan.checkpoint_gib), stall)
     if plan.inference:
         use = plan.inference
         held = f"{size(use['weights_gib'])} in 16 bits, {size(use['kv_cache_gib'])} of cache"
         table.add_row(
             "using the model",
-            f"{use['tokens_per_second']:,.1f} tokens/s",
-            f"{held}, {use['devices']:.0f} device(s); first token after {seconds(use['prefill_seconds'])}",
+            f"{number(use['tokens_per_second'])} tokens/s",
+            f"at best: {held}, {use['devices']:.0f} device(s); first token after {seconds(use['prefill_seconds'])}",
         )
     console.print(f"[bold]{plan.cluster}[/]")
     console.print(table)
@@ -76,16 +92,13 @@ def show(plan: Plan, explain: bool = False) -> str:
     return console.file.getvalue().rstrip("\n")
 
 
-def size(gib: float) -> str:
-    return f"{gib:,.1f} GiB" if gib >= 1 else f"{gib * 1024:,.1f} MiB"
-
-
-def seconds(value: float) -> str:
-    return f"{value:,.2f} s" if value >= 1 else f"{value * 1000:,.2f} ms"
+def _range(plan: Plan, name: str, shown: Callable[[float], str]) -> str:
+    low, high = plan.intervals[name]
+    return f"{shown(low)} to {shown(high)}"
 
 
 def _bar(share: float) -> str:
-    return "█" * max(1, round(24 * share)) + f" {share:.0%}"
+    return "█" * max(1, round(24 * share)) + (f" {share:.0%}" if share >= 0.005 else " <1%")
 
 
 def _parts(parts: dict[str, str]) -> str:

@@ -147,7 +147,7 @@ def main() -> None:
     rows = {name: (plan.states.get(name, 0), size) for name, size in found.parts.items()}
     rows |= {moment.name: (moment.total, found.phases[MOMENTS[moment.name]])
              for moment in plan.moments if moment.name in MOMENTS}  # fmt: skip
-    rows["peak"] = (plan.peak.total, found.peak)
+    rows["peak"] = (plan.certain.total, found.peak)
     print(json.dumps({"rows": rows, "stepped": found.stepped}))
     sys.stdout.flush()
     os._exit(0)

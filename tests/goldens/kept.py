@@ -60,7 +60,8 @@ PLANS: dict[str, list[str]] = {
     "default on a laptop": ["cluster=laptop"],
     "tiny": ["experiment=tiny", "cluster=laptop"],
     "bert": ["experiment=bert_pretrain", "cluster=a100_40gbx2"],
-    "translation": ["experiment=translation", "cluster=a100_40gb"],
+    # Not of the data that happens to be prepared on this machine, whose lengths would be planned with.
+    "translation": ["experiment=translation", "data.cache_dir=not/there", "cluster=a100_40gb"],
     "gpt2_124m": ["experiment=gpt2_124m", "data.path=corpus.txt", "cluster=a100_40gb"],
     "llama_1b": ["experiment=llama_1b", "data.path=corpus.txt", "cluster=h100", "explain=true"],
     "llama_7b": ["experiment=llama_7b", "data.path=corpus.txt", "cluster=h100x64", "tokens=1e12", "simulate=true"],

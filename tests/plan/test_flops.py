@@ -101,11 +101,21 @@ def test_model_flops_are_those_that_a_run_reports(model: ModelConfig) -> None:
 
 def test_a_causal_kernel_does_half_and_its_backward_the_scores_again() -> None:
     config = Config(model=DECODERS["gpt"])
-    count = flops.count(config, SEQUENCES)
+    count, work = flops.count(config, SEQUENCES), flops.operations(config, SEQUENCES)
     square = count.forward["scores"]
     assert square == 4 * SEQUENCES * 32 * 32 * 64 * 3
-    assert count.hardware == pytest.approx(count.model - 3 * square + 3.5 * square * 33 / 64)
+    assert sum(scores.computed for scores in work.scores) == square * 33 / 64  # what takes time
+    assert count.hardware == count.model + square / 2  # in one measure: one matmul more than the four of the gradients
     assert count.recomputed == 0
+
+
+@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("model", [*DECODERS.values(), EncoderConfig(**SHAPE), Seq2SeqConfig(**SHAPE)])
+def test_hardware_does_all_that_the_model_asks_for(model: ModelConfig, checkpointing: bool, lora: int) -> None:
+    train = TrainConfig(activation_checkpointing=checkpointing, lora=LoRAConfig(rank=lora))
+    count = flops.count(Config(model=model, train=train), SEQUENCES)
+    assert count.hardware > count.model > 0
 
 
 def test_recomputation_is_hardware_only() -> None:
@@ -120,7 +130,7 @@ def test_lora_leaves_out_the_gradients_of_frozen_weights() -> None:
     full = flops.count(Config(model=DECODERS["gpt"]), SEQUENCES)
     lora = flops.count(Config(model=DECODERS["gpt"], train=TrainConfig(lora=LoRAConfig(rank=4))), SEQUENCES)
     in_blocks = full.forward["attention"] + full.forward["feed_forward"]
-    assert full.hardware - lora.hardware == in_blocks
+    assert full.hardware - lora.hardware == full.model - lora.model == in_blocks
 
 
 def test_a_model_without_a_vocabulary_is_refused() -> None:

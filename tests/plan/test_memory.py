@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,8 @@ def test_states_and_peak_of_real_ranks() -> None:
         real = measured[0][number]["parts"]
         for part in ("parameters", "master", "optimizer"):
             assert plan.states.get(part, 0) == pytest.approx(real[part], rel=1e-3), (name, part)
-        peak = max(of_rank[number]["peak"] for of_rank in measured)
-        assert plan.peak.total == pytest.approx(peak, rel=0.03), name
+        peak = max(of_rank[number]["peak"] for of_rank in measured)  # of steps, without a save or an evaluation
+        assert plan.certain.total == pytest.approx(peak, rel=0.03), name
 
 
 def estimate(stage: int, ranks: int, dim: int = 512, **engine: Any) -> memory.Memory:
@@ -86,7 +87,8 @@ def test_a_billion_parameters_take_what_the_plan_said(tmp_path: Path) -> None:
     result = json.loads((tmp_path / "result.json").read_text())
     assert result["model/parameters"] > 1.0e9
     assert (result["status"], result["train/steps"], result["train/dropped_updates"]) == ("finished", 3, 0)
-    assert result["perf/peak_memory_gib"] == pytest.approx(result["plan/peak_memory_gib"], rel=0.03)
+    planned = result["plan/peak_memory_gib"]  # of the last evaluation, which is counted from above
+    assert 0.92 * planned < result["perf/peak_memory_gib"] < 1.03 * planned
 
 
 def test_what_comes_on_top_of_the_tensors() -> None:
@@ -110,3 +112,46 @@ def test_the_norm_is_of_pieces_as_large_as_the_engine_makes_them() -> None:
     from bigtrain.engine import deepspeed
 
     assert memory.NORM_PIECE == deepspeed.NORM_PIECE
+
+
+def of_task(kind: str, model: str = "encoder", **task: Any) -> memory.Memory:
+    shape = {"kind": model, "dim": 64, "n_layers": 1, "n_heads": 2, "vocab_size": 8192, "max_seq_len": 128}
+    config = from_dict(
+        {"model": shape, "task": {"kind": kind} | task, "engine": {"kind": "deepspeed", "bucket_mib": 1}, "train":
+         {"global_batch": 2, "micro_batch": 1}}
+    )  # fmt: skip
+    return memory.estimate(config, 2, sizes.of_run(config), "cpu")
+
+
+def test_the_last_evaluation_is_covered() -> None:
+    """Its batches are of 4,096 tokens, whatever train.micro_batch is, and some tasks look at whole logits in fp32."""
+    from bigtrain import trainer
+
+    assert memory.EVAL_TOKENS == trainer.EVAL_TOKENS
+    found = of_task("instruction", "decoder")
+    assert found.peak.name == "evaluation"
+    assert found.peak.parts["logits"] >= 4096 * 8192 * (4 + 4)  # logits and their logarithms
+    masked = of_task("masked_lm")
+    scored = round(4096 * 0.15)
+    assert dict((each.name, each.parts) for each in masked.moments)["evaluation"]["logits"] > scored * 8192 * (2 + 4)
+    greedy, beams = (of_task("translation", "seq2seq", num_beams=number) for number in (1, 8))
+    assert beams.peak.total > greedy.peak.total
+    assert found.certain.total < found.peak.total  # by which no run is refused
+
+
+def test_what_evaluates_is_in_a_ranks_libraries() -> None:
+    laptop = find("laptop").device
+    context = {kind: memory.needed(of_task(kind), laptop)["context"] for kind in ("masked_lm", "tagging")}
+    assert context["tagging"] - context["masked_lm"] == pytest.approx(memory.EVALUATING_GIB["tagging"])
+    assert memory.needed(of_task("classification"), laptop)["kernels"] > 0
+
+
+def test_a_save_that_has_no_room_takes_no_copy() -> None:
+    roomy, tight = find("laptop").device, replace(find("laptop").device, memory_gib=0.8)
+    found = memory.Memory(
+        {},
+        (memory.Moment("loss", {"a": 1}), memory.Moment("save", {"snapshot": 2**29})),
+        of_task("tagging").activations,
+    )
+    assert memory.saving_in_room(found, roomy).peak.name == "save"
+    assert memory.saving_in_room(found, tight).peak.name == "loss"

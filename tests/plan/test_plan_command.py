@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import subprocess
 import sys
@@ -136,7 +137,8 @@ def memory_width(found: dict[str, Any]) -> float:
     (low, high), peak = found["intervals"]["memory.peak"], found["memory"]["peak"]
     assert low < peak < high
     libraries = [note for note in found["warnings"] if "libraries" in note]
-    return float(high / peak - 1 - bool(libraries) * 0.75 * found["memory"]["context"] / peak)
+    widened = bool(libraries) * 0.75 * found["memory"]["context"] + found["memory"].get("kernels", 0)
+    return float(high / peak - 1 - widened / peak)
 
 
 def test_the_peak_has_an_interval_and_the_table_shows_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -154,6 +156,7 @@ def test_the_peak_has_an_interval_and_the_table_shows_it(capsys: pytest.CaptureF
 
 
 SST2 = ["model=bert_tiny", "task=classification"]
+PRESENT = "libraries|lengths of examples"  # on any CPU
 UNVALIDATED = {
     "quantize": ["compress=qat_int8"],
     "prune": ["compress=prune_global"],
@@ -169,7 +172,7 @@ def test_memory_outside_of_what_was_validated(
     said: str, overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = plan(capsys, "model=gpt_mini", "cluster=laptop", *overrides)
-    (note,) = (line for line in found["warnings"] if line.startswith("memory: ") and "libraries" not in line)
+    (note,) = (line for line in found["warnings"] if line.startswith("memory: ") and not re.search(PRESENT, line))
     assert said in note
     assert note.endswith(f"interval +{memory_width(found) - 0.03:.0%}")
 
