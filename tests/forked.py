@@ -101,7 +101,8 @@ def _child(given: dict[str, Any], arguments: list[str], environment: dict[str, s
             with contextlib.suppress(OSError):
                 os.close(handle)
     for name in set(sys.modules) - set(_modules):
-        del sys.modules[name]
+        if name.partition(".")[0] in ("bigtrain", "deepspeed"):  # others may have told torch of operators: but once
+            del sys.modules[name]
     sys.modules.update(_modules)  # the launcher puts stand-ins for DeepSpeed's
     for name, level in _levels.items():
         logging.getLogger(name).setLevel(level)

@@ -382,7 +382,7 @@ def test_bad_sources(tmp_path: Path) -> None:
         (tmp_path / "*.none", {}, "no such file or directory, and no file matches it"),
         ("no-such-org/no-such-set", {}, "no-such-set': no such file or directory, and the Hugging Face hub"),
         (tmp_path / "empty", {}, "empty': holds no text file"),
-        (tmp_path / "binary", {}, "holds no text file (1 binary files were left out)"),
+        (tmp_path / "binary", {}, "a.bin (binary) left out)"),
         (tmp_path / "empty.txt", {}, "empty.txt': holds no text"),
         (tmp_path / "blank.jsonl", {}, "blank.jsonl': holds no text"),
         (tmp_path / "short.txt", {}, "part has"),

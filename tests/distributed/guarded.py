@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -22,10 +22,16 @@ from bigtrain.data.example_loader import Share
 from bigtrain.engine.base import Engine
 from bigtrain.engine.host import HostGroup
 from bigtrain.errors import BigtrainError
+from bigtrain.held_out import HeldOut
 from bigtrain.hooks import Hook, Hooks, RunInfo
 from bigtrain.tasks import Evaluated, Totals
 from bigtrain.trainer import Trainer
 from tests.distributed.curves import MICRO_BATCH, build, join, loss, make, sequences
+
+
+class Nothing(HeldOut):
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(())
 
 
 class Pattern:
@@ -42,8 +48,8 @@ class Pattern:
     def train_loader(self, share: Share) -> Loader:
         return Loader(self, share)
 
-    def held_out(self, share: Share, max_batches: int | None = None) -> Iterable[Batch]:
-        return []
+    def held_out(self, share: Share, max_batches: int | None = None) -> HeldOut:
+        return Nothing(0, share.global_batch, max_batches)
 
     def loss(self, model: nn.Module, batch: Batch) -> LossSums:
         sums = loss(model, batch)

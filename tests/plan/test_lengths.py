@@ -40,11 +40,12 @@ def test_lengths_are_those_of_the_loaders_batches(labelled: Config) -> None:
     share = Share(rank=0, world_size=1, global_batch=8, micro_batch=8, seed=labelled.train.seed)
     loader = ExampleTrainLoader(Examples(prepared, "train"), collate, share)
     real = [batch["tokens"].size(1) for step in range(GROUPED) for batch in loader.batches(step)]
+    found = sizes.with_vocabulary(found)
     known = lengths.of(found)
     assert known is not None
     assert known.typical == flops.sequence_length(found) == round(float(np.mean(real))) < 24
     assert known.longest == flops.longest_sequence(found) == 24
-    assert flops.sequence_length(labelled) == 24
+    assert flops.sequence_length(sizes.with_vocabulary(labelled)) == 24
 
 
 def test_a_plan_says_what_it_took_and_its_interval_begins_with_shorter_ones(labelled: Config) -> None:
