@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,11 +30,11 @@ from bigtrain.data.tokenizer import find_tokenizer
 from bigtrain.errors import ConfigError
 from bigtrain.export import labels as labels_of
 from bigtrain.files import write_atomic
+from bigtrain.progress import counted
 from bigtrain.tasks import Task, Totals
 from bigtrain.tasks.labelled import LabelledTask
 
-RESAMPLES = (50, 500)  # of the examples, for the confidence intervals: at least, and at most
-RESAMPLING_SECONDS = 20.0  # after which it is enough
+RESAMPLES = 1000  # of the examples, for the confidence intervals
 CONFIDENCE = 0.95
 
 
@@ -68,7 +67,7 @@ def run(
         model, where = inference.load(
             lambda: as_trained(task.build_model(used.model), config, checkpoint), checkpoint, device, max_memory
         )
-        totals = measure(task, model, Share(0, 1, batch, batch, config.train.seed), where)
+        totals = measure(task, model, Share(0, 1, batch, batch, config.train.seed), where, shown=True)
         metrics: dict[str, Any] = task.metrics(totals)
         out = out or run / EVALUATION
         out.mkdir(parents=True, exist_ok=True)
@@ -120,12 +119,15 @@ def _text(run: Path, config: Config, data: list[str], directory: Path) -> Config
 
 
 @torch.inference_mode()
-def measure(task: Task, model: torch.nn.Module, share: Share, device: torch.device) -> Totals:
-    """Run the model over the task's held-out batches."""
+def measure(
+    task: Task, model: torch.nn.Module, share: Share, device: torch.device, shown: bool = False
+) -> Totals:  # fmt: skip
+    """Run the model over the task's held-out batches. shown: say on standard error how far it is."""
     nll, targets = 0.0, 0
     sums: dict[str, float] = {}
     predictions: dict[int, Any] = {}
-    for cpu_batch in task.held_out(share):
+    batches = task.held_out(share)
+    for cpu_batch in counted(batches, len(batches), "evaluating, batches") if shown else batches:
         targets += task.count_targets(cpu_batch)
         found = task.evaluate(model, {name: tensor.to(device) for name, tensor in cpu_batch.items()})
         nll += float(found.nll)
@@ -137,16 +139,11 @@ def measure(task: Task, model: torch.nn.Module, share: Share, device: torch.devi
 
 def intervals(task: LabelledTask, totals: Totals, seed: int) -> dict[str, float]:
     """Percentile bootstrap over the examples: what another sample of the same size would have given."""
-    random, examples = np.random.default_rng(seed), list(totals.predictions.values())
+    random, n = np.random.default_rng(seed), len(totals.predictions)
+    resampled = task.resampled(totals)
     drawn: dict[str, list[float]] = {}
-    least, most = RESAMPLES
-    began = time.monotonic()
-    for number in range(most):
-        if number >= least and time.monotonic() - began > RESAMPLING_SECONDS:
-            break
-        chosen = random.integers(len(examples), size=len(examples))
-        sample = totals._replace(predictions={i: examples[j] for i, j in enumerate(chosen.tolist())})
-        for name, value in task.metrics(sample).items():
+    for _ in counted(range(RESAMPLES), RESAMPLES, "confidence intervals, samples"):
+        for name, value in resampled(random.integers(n, size=n)).items():
             drawn.setdefault(name, []).append(value)
     tail = 100 * (1 - CONFIDENCE) / 2
     found: dict[str, float] = {}

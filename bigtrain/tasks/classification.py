@@ -13,11 +13,12 @@ from bigtrain.batch import IGNORED, Batch, LossSums
 from bigtrain.config import ClassificationConfig, Config, HuggingFaceConfig, ModelConfig
 from bigtrain.data.example_loader import Rows, stack
 from bigtrain.models.heads import ClassificationHead
-from bigtrain.tasks import metrics
+from bigtrain.tasks import metrics, resampled
 from bigtrain.tasks.adversarial import worst_change
 from bigtrain.tasks.augment import augmented
 from bigtrain.tasks.base import Evaluated, Totals
 from bigtrain.tasks.labelled import LabelledTask, WithHead, build_encoder
+from bigtrain.tasks.resampled import Resampled
 
 
 class Classification(LabelledTask):
@@ -89,6 +90,12 @@ class Classification(LabelledTask):
         if self.config.regression:
             return loss | metrics.regression([p for p, _ in found], [t for _, t in found])
         return loss | metrics.classification(*self._labels(totals), len(self.labels))
+
+    def resampled(self, totals: Totals) -> Resampled:
+        if self.config.regression:
+            predicted, true = zip(*totals.predictions.values(), strict=True)
+            return resampled.columns(metrics.regression, predicted=predicted, true=true)
+        return resampled.classification(*self._labels(totals), len(self.labels))
 
     def predicted_and_true(self, totals: Totals) -> tuple[list[int], list[int]] | None:
         return None if self.config.regression else self._labels(totals)

@@ -13,8 +13,10 @@ from bigtrain import models
 from bigtrain.batch import IGNORED, Batch, LossSums
 from bigtrain.config import Config, HuggingFaceConfig, InstructionConfig, ModelConfig
 from bigtrain.data.example_loader import Rows, pad
+from bigtrain.tasks import resampled
 from bigtrain.tasks.base import Evaluated, Totals
 from bigtrain.tasks.labelled import LabelledTask
+from bigtrain.tasks.resampled import Resampled
 
 
 class Instruction(LabelledTask):
@@ -54,11 +56,20 @@ class Instruction(LabelledTask):
         return Evaluated(nll.sum(), {}, self.numbered(batch, rows))
 
     def metrics(self, totals: Totals) -> dict[str, float]:
-        found = totals.predictions.values()
-        loss = sum(nll for nll, _ in found) / sum(count for _, count in found)
-        return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}
+        nll, tokens = zip(*totals.predictions.values(), strict=True)
+        return _metrics(np.asarray(nll), np.asarray(tokens))
+
+    def resampled(self, totals: Totals) -> Resampled:
+        nll, tokens = zip(*totals.predictions.values(), strict=True)
+        return resampled.columns(_metrics, nll=nll, tokens=tokens)
 
     def prediction(self, row: Any) -> dict[str, Any]:
         """A row of the predictions file: how likely the given response is."""
         nll, tokens = row
         return {"loss": nll / tokens, "tokens": tokens}
+
+
+def _metrics(nll: np.ndarray, tokens: np.ndarray) -> dict[str, float]:
+    """nll, tokens: sums over each response (n,)."""
+    loss = float(nll.sum() / tokens.sum())
+    return {"eval/loss": loss, "eval/perplexity": math.exp(min(loss, 700.0))}

@@ -28,6 +28,7 @@ from bigtrain.held_out import HeldOut
 from bigtrain.models import Encoder
 from bigtrain.models.network import Network
 from bigtrain.tasks.base import Totals, TrainLoader
+from bigtrain.tasks.resampled import Resampled
 
 
 class WithHead(Network):
@@ -97,6 +98,16 @@ class LabelledTask(ABC):
 
     @abstractmethod
     def metrics(self, totals: Totals) -> dict[str, float]: ...
+
+    def resampled(self, totals: Totals) -> Resampled:
+        """`metrics` of samples of the records, by their places in `totals.predictions`; the loss may be left out.
+
+        Here as `metrics` counts them, which takes long for many samples of a large set.
+        """
+        found = list(totals.predictions.values())
+        return lambda chosen: self.metrics(
+            totals._replace(predictions={i: found[j] for i, j in enumerate(chosen.tolist())})
+        )
 
     def predicted_and_true(self, totals: Totals) -> tuple[list[int], list[int]] | None:
         """The numbers of the labels that were given, and of those that are right; None for what gives no labels."""

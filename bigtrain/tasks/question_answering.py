@@ -15,9 +15,10 @@ from bigtrain.config import Config, HuggingFaceConfig, ModelConfig, QuestionAnsw
 from bigtrain.data.example_loader import Rows, stack
 from bigtrain.data.examples import Examples
 from bigtrain.models.heads import QuestionAnsweringHead
-from bigtrain.tasks import metrics
+from bigtrain.tasks import metrics, resampled
 from bigtrain.tasks.base import Evaluated, Totals
 from bigtrain.tasks.labelled import LabelledTask, WithHead, build_encoder
+from bigtrain.tasks.resampled import Resampled
 
 N_BEST = 5  # spans of a window that are looked at, and answers to a question that are told
 
@@ -130,16 +131,25 @@ class QuestionAnswering(LabelledTask):
         return list(self.data.held_out_records())
 
     def metrics(self, totals: Totals) -> dict[str, float]:
-        scores = [row["scores"] for row in totals.predictions.values()]
-        columns = {name: [row[name] for row in scores] for name in scores[0]}
-        found = metrics.question_answering(**columns, threshold=self.config.no_answer_threshold)
-        return {"eval/loss": totals.nll / totals.targets} | found
+        return {"eval/loss": totals.nll / totals.targets} | self._scored(**_columns(totals))
+
+    def resampled(self, totals: Totals) -> Resampled:
+        return resampled.columns(self._scored, **_columns(totals))
+
+    def _scored(self, **columns: Any) -> dict[str, float]:
+        return metrics.question_answering(**columns, threshold=self.config.no_answer_threshold)
 
     def prediction(self, row: Any) -> dict[str, Any]:
         """A row of the predictions file: the answer, "" for none, and the best ones with what they have of the
         probability of all those."""
         best = row["answers"][0]
         return {"prediction": best["text"], "probability": best["probability"], "n_best": row["answers"]}
+
+
+def _columns(totals: Totals) -> dict[str, list[float]]:
+    """What `join` gave of all questions, by name."""
+    scores = [row["scores"] for row in totals.predictions.values()]
+    return {name: [row[name] for row in scores] for name in scores[0]}
 
 
 def best_spans(logits: Tensor, longest: int, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -12,9 +12,10 @@ from bigtrain.batch import IGNORED, Batch, LossSums
 from bigtrain.config import Config, HuggingFaceConfig, ModelConfig, TaggingConfig
 from bigtrain.data.example_loader import Rows, pad
 from bigtrain.models.heads import TaggingHead
-from bigtrain.tasks import metrics
+from bigtrain.tasks import metrics, resampled
 from bigtrain.tasks.base import Evaluated, Totals
 from bigtrain.tasks.labelled import LabelledTask, WithHead, build_encoder
+from bigtrain.tasks.resampled import Resampled
 
 
 class Tagging(LabelledTask):
@@ -66,6 +67,9 @@ class Tagging(LabelledTask):
 
     def metrics(self, totals: Totals) -> dict[str, float]:
         return {"eval/loss": totals.nll / totals.targets} | metrics.tagging(*self._tags(totals))
+
+    def resampled(self, totals: Totals) -> Resampled:
+        return resampled.tagging(*self._tags(totals))
 
     def _tags(self, totals: Totals) -> tuple[list[list[str]], list[list[str]]]:
         """(predicted, true) of each sentence."""

@@ -14,9 +14,10 @@ from bigtrain.batch import IGNORED, Batch, LossSums
 from bigtrain.config import Config, HuggingFaceConfig, ModelConfig, Seq2SeqConfig, TranslationConfig
 from bigtrain.data.example_loader import Rows, pad
 from bigtrain.data.tokenizer import find_tokenizer
-from bigtrain.tasks import metrics
+from bigtrain.tasks import metrics, resampled
 from bigtrain.tasks.base import Evaluated, Totals
 from bigtrain.tasks.labelled import LabelledTask
+from bigtrain.tasks.resampled import Resampled
 
 
 class Translation(LabelledTask):
@@ -87,6 +88,10 @@ class Translation(LabelledTask):
         return {"eval/loss": loss, "eval/perplexity": float(np.exp(min(loss, 700.0)))} | metrics.translation(
             written, targets, sources
         )
+
+    def resampled(self, totals: Totals) -> Resampled:
+        written, sources, targets = zip(*totals.predictions.values(), strict=True)
+        return resampled.translation(written, targets, sources)
 
     def prediction(self, row: Any) -> dict[str, Any]:
         """A row of the predictions file: what the model wrote."""
