@@ -36,6 +36,7 @@ from bigtrain.tasks.labelled import LabelledTask
 
 RESAMPLES = 1000  # of the examples, for the confidence intervals
 CONFIDENCE = 0.95
+SAID = ("data/notes", "data/left_out")  # on the terminal too
 
 
 def run(
@@ -81,6 +82,8 @@ def run(
     metrics |= {"checkpoint": checkpoint.name, "data": data or "held-out"}
     # A language model is judged by the token, whatever texts those are of.
     metrics |= {"examples": len(totals.predictions)} if totals.predictions else {"tokens": totals.targets}
+    # What was cut or left out of the data is part of what the numbers are of.
+    metrics |= {name: value for name, value in task.facts().items() if name in ("data/examples_cut", *SAID)}
     write_atomic(out / METRICS, json.dumps(metrics, indent=1) + "\n")
     return metrics, out
 
@@ -106,7 +109,7 @@ def _data(run: Path, config: Config, data: list[str], columns: dict[str, str | i
         tokenizer = find_tokenizer(str(run / "tokenizer"), "RUN")
         notes = write_examples(Path(directory), used, tokenizer, labels, records)
         say(notes, file=sys.stderr)
-        say_and_record(records.left_out, Path(directory))
+        say_and_record(records.left_out, Path(directory), sys.stderr)
         yield used
 
 

@@ -63,6 +63,22 @@ def test_whether_there_is_a_header_is_what_the_run_was_told(tmp_path: Path) -> N
     assert metrics["examples"] == len(rows) == 3
 
 
+def test_what_is_cut_or_left_out_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.tsv").write_text("text\tlabel\nmain\tO\n" + "return " * 2000 + "\tLOC\n")
+    (folder / "b.pdf").write_bytes(b"%PDF-1.7")
+    metrics, rows = measured(encoder_run(tmp_path / "run", "classification"), str(folder))
+    assert len(rows) == 2
+    assert metrics["data/examples_cut"] == 1
+    assert "1 texts longer than" in metrics["data/notes"][0]
+    assert str(folder / "b.pdf") in json.dumps(metrics["data/left_out"])
+    said = capsys.readouterr()
+    assert said.out == ""  # which is of the numbers alone
+    assert "1 texts longer than" in said.err
+    assert "b.pdf" in said.err
+
+
 def test_of_a_hub_dataset_the_held_out_split_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 

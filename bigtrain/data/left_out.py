@@ -7,7 +7,7 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from bigtrain.data.formats import SourceFile, kind_of, reading, utf_16
 from bigtrain.data.shards import META
@@ -122,13 +122,13 @@ def why_left_out(file: SourceFile) -> str | None:
     return "binary" if b"\0" in head else None  # as git and grep tell
 
 
-def say_and_record(left_out: LeftOut, prepared: Path) -> None:
-    """A line on the terminal, and an entry in the prepared directory's meta.json.
+def say_and_record(left_out: LeftOut, prepared: Path, file: TextIO | None = None) -> None:
+    """A line on `file`, the terminal's standard output by default, and an entry in the prepared directory's meta.json.
 
     The directory goes by what was read. So the same one may serve again where other files were left out beside it.
     """
     if left_out:
-        print(left_out.line(), flush=True)
+        print(left_out.line(), file=file, flush=True)
     file = prepared / META
     with suppress(OSError, ValueError):  # a cache that may only be read, or whose damage its reader will name
         meta = json.loads(file.read_text(encoding="utf-8"))

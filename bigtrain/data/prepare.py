@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -124,7 +125,7 @@ def prepare_held_out(config: Config, directory: Path, key: str) -> Prepared:
     tokenizer, eos_id = load_tokenizer(data.tokenizer.path, "RUN")
     begin = _begin(config, tokenizer, eos_id)
     _build(directory / "text", corpus, data, (tokenizer, eos_id), for_encoder, begin, progress=False)
-    say_and_record(corpus.left_out, directory / "text")
+    say_and_record(corpus.left_out, directory / "text", sys.stderr)  # a table is on standard output
     prepared = load_prepared(directory / "text")
     tokens, length = prepared.tokens["held_out"], config.model.max_seq_len
     if tokens < length + 1:
