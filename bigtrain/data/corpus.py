@@ -77,6 +77,11 @@ class Corpus:
     position: int = 0
     blank_rows: int = 0  # that the last reading of the whole found without text
     _separated: dict[str, bool] = field(default_factory=dict, repr=False)  # by file: has it separator lines?
+    _below: float = field(init=False, repr=False)  # documents whose digest is below it are held out
+    _digests: list[int] = field(default_factory=lambda: [2**64, -1], repr=False)  # the lowest and the highest so far
+
+    def __post_init__(self) -> None:
+        self._below = self.held_out * 2**64
 
     @property
     def size(self) -> int:
@@ -94,6 +99,24 @@ class Corpus:
             "hub_config": self.hub_config,
             "pieces": (PIECE_CHARS, CUT_PIECE_CHARS, CUT_PIECES, SEPARATOR.pattern),
         }
+
+    def settle_split(self) -> None:
+        """Let there be a document to train on and one that is held out, where there are two at all.
+
+        Each document falls out by its own digest, so of a few perhaps none or all do: then the one with the lowest
+        digest is the held-out one, or the one with the highest is left to train on. Reads on until both are seen.
+        """
+        if self.held_out_files:
+            return
+        self._digests = [2**64, -1]
+        seen = set()
+        for piece in self.pieces():
+            seen.add(piece.held_out)
+            if len(seen) == 2:
+                return
+        least, most = self._digests
+        if least < most:
+            self._below = most if seen == {True} else least + 1
 
     def pieces(self) -> Iterator[Piece]:
         """The whole corpus in order. Raises ConfigError at the first file that cannot be used."""
@@ -181,7 +204,9 @@ class Corpus:
             previous = held_out
 
     def _falls_out(self, key: bytes) -> bool:
-        return digest_of(key) < self.held_out * 2**64
+        digest, (least, most) = digest_of(key), self._digests
+        self._digests = [min(least, digest), max(most, digest)]
+        return digest < self._below
 
 
 def cut(blocks: Iterable[str], length: int) -> Iterator[str]:

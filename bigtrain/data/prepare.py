@@ -168,6 +168,7 @@ def _build(
 ) -> None:
     partial = directory.with_suffix(".partial")
     partial.mkdir(exist_ok=True)
+    corpus.settle_split()
     with _progress(progress) as advance:
         tokenizer, eos_id = _tokenizer(partial, corpus, data, loaded, for_encoder, advance)
         vocab_size = vocabulary_size(tokenizer)

@@ -132,6 +132,24 @@ def test_many_text_files_stay_whole(tmp_path: Path) -> None:
     assert 10 < sum(piece.held_out for piece in pieces) < 60
 
 
+@pytest.mark.parametrize("fraction", [1e-6, 0.1, 0.5, 1 - 1e-6])
+@pytest.mark.parametrize("n", [2, 3, 12])
+def test_of_few_documents_one_is_held_out_and_one_is_not(fraction: float, n: int, tmp_path: Path) -> None:
+    """By chance none of them would be, or all."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"story {i}"}) + "\n" for i in range(n)))
+    corpus = corpus_of(tmp_path / "a.jsonl", tmp_path, held_out=fraction)
+    corpus.settle_split()
+    sides = [piece.held_out for piece in corpus.pieces()]
+    assert len(sides) == n
+    assert 0 < sum(sides) < n
+    if fraction < 0.1:
+        assert sum(sides) == 1
+    elif fraction > 0.9:
+        assert sum(sides) == n - 1
+    corpus.settle_split()
+    assert [piece.held_out for piece in corpus.pieces()] == sides
+
+
 def test_held_out_path(tmp_path: Path) -> None:
     for name in ("a", "b", "c"):
         (tmp_path / f"{name}.txt").write_text(name * 3000)

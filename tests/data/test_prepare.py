@@ -377,6 +377,7 @@ def test_bad_sources(tmp_path: Path) -> None:
     (tmp_path / "binary" / "a.bin").write_bytes(b"\0\1")
     rows = [json.dumps({"text": text}) + "\n" for text in documents(2)]
     (tmp_path / "two.jsonl").write_text("".join(rows))
+    (tmp_path / "one.jsonl").write_text(rows[0])
     cases: list[tuple[object, dict[str, Any], str]] = [
         (tmp_path / "no.txt", {}, "no.txt': no such file or directory"),
         (tmp_path / "*.none", {}, "no such file or directory, and no file matches it"),
@@ -386,8 +387,8 @@ def test_bad_sources(tmp_path: Path) -> None:
         (tmp_path / "empty.txt", {}, "empty.txt': holds no text"),
         (tmp_path / "blank.jsonl", {}, "blank.jsonl': holds no text"),
         (tmp_path / "short.txt", {}, "part has"),
-        (tmp_path / "two.jsonl", {"held_out": 1e-9}, "its held-out part has 0 tokens"),
-        (tmp_path / "two.jsonl", {"held_out": 1 - 1e-9}, "its train part has 0 tokens"),
+        (tmp_path / "one.jsonl", {"held_out": 1e-9}, "its held-out part has 0 tokens"),
+        (tmp_path / "one.jsonl", {"held_out": 1 - 1e-9}, "its train part has 0 tokens"),
         (tmp_path / "two.jsonl", {"held_out_path": str(tmp_path / "gone.txt")}, "data.held_out_path="),
         (tmp_path / "two.jsonl", {"text_field": "body"}, "there are: text"),
         ("/proc/self/mem", {}, "/proc/self/mem': cannot be read (Input/output error)"),
