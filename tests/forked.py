@@ -124,6 +124,7 @@ def _become(arguments: list[str], environment: dict[str, str], directory: str | 
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
             handler.setStream(sys.stdout)
     _use_threads(environment)
+    use_heap(environment.get("GLIBC_TUNABLES", ""))
     warnings.resetwarnings()
     at = arguments.index("-m")
     sys.modules.pop(arguments[at + 1], None)  # in a new process it is __main__ alone
@@ -161,6 +162,19 @@ def _use_threads(environment: dict[str, str]) -> None:
 
     with contextlib.suppress(ValueError):
         torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))))
+
+
+# <malloc.h>'s numbers of what GLIBC_TUNABLES names; mallopt takes an int.
+_HEAP = {"mmap_max": -4, "trim_threshold": -1, "top_pad": -2, "mmap_threshold": -3}
+
+
+def use_heap(tunables: str) -> None:
+    """Have the C library keep freed memory as these GLIBC_TUNABLES ask: else every large tensor is a fault a page."""
+    libc = ctypes.CDLL(None)
+    for setting in filter(None, tunables.split(":")):
+        name, value = setting.removeprefix("glibc.malloc.").split("=")
+        if name in _HEAP:
+            libc.mallopt(_HEAP[name], min(int(value), 2**31 - 1))
 
 
 class _Map(ctypes.Structure):
