@@ -120,7 +120,8 @@ def export_quantized(run: Path, out: Path, format: str, quantize: str | None) ->
         # A graph holds what is computed; the others are made of the weights as they were trained, but for a sentence
         # encoder's last layers, which are no transformers' and lie there as they are computed with.
         rounded = found if format == "onnx" or found is None else found.only(sentence_encoder.after_mean)
-        settings = _write(run, config, checkpoint, plain, _rounded(iterate_weights(checkpoint), rounded), out.name)
+        weights = _rounded(iterate_weights(checkpoint), rounded)
+        settings = _write(run, config, checkpoint, plain, weights, out.name, format)
         if found is not None and format != "onnx":
             scales: Iterator[tuple[str, Tensor]] = _expanded(iterate_weights(checkpoint), found)
             if sentence_encoder.is_one(config):
@@ -228,7 +229,13 @@ def _mapped(
 
 
 def _write(
-    run: Path, config: Config, checkpoint: Path, staging: Path, weights: Iterator[tuple[str, Tensor]], name: str
+    run: Path,
+    config: Config,
+    checkpoint: Path,
+    staging: Path,
+    weights: Iterator[tuple[str, Tensor]],
+    name: str,
+    format: str = "huggingface",
 ) -> dict[str, Any]:
     """All files of a Hugging Face directory into `staging`; its config.json."""
     after_mean: dict[str, Tensor] = {}
@@ -253,7 +260,7 @@ def _write(
         (staging / "chat_template.jinja").write_text(template, encoding="utf-8")
     elif (run / "tokenizer" / "chat_template.jinja").is_file():
         shutil.copyfile(run / "tokenizer" / "chat_template.jinja", staging / "chat_template.jinja")
-    (staging / "README.md").write_bytes(as_utf8(model_card(run, name, config, checkpoint)))
+    (staging / "README.md").write_bytes(as_utf8(model_card(run, name, config, checkpoint, format)))
     return settings
 
 

@@ -54,22 +54,24 @@ SENTENCE_ENCODER = (
     "model = SentenceTransformer({quoted})\n"
     'print(model.encode("A text."), model[0].auto_model.config.id2label)  # logits'
 )
+# A graph holds no weights that transformers loads.
+GRAPH = (
+    "import onnxruntime\n"
+    "from transformers import AutoTokenizer\n\n"
+    "tokenizer = AutoTokenizer.from_pretrained({quoted})\n"
+    'graph = onnxruntime.InferenceSession({quoted} + "/model.onnx")\n'
+    'inputs = tokenizer({texts}, return_tensors="np")\n'
+    "print(graph.run(None, {{given.name: inputs[given.name] for given in graph.get_inputs()}}))"
+)
 USES["instruction"] = USES["causal_lm"]
 
 
-def model_card(run: Path, name: str, config: Config, checkpoint: Path) -> str:
+def model_card(run: Path, name: str, config: Config, checkpoint: Path, format: str = "huggingface") -> str:
     """Markdown with the hub's YAML header. Secrets and the training machine's folders are left out of it."""
-    pipeline, auto_class, example = USES[config.task.kind]
-    quoted = json.dumps(name, ensure_ascii=False)  # as Python writes it too
-    use = (
-        f"from transformers import {auto_class}, AutoTokenizer\n\n"
-        f"model = {auto_class}.from_pretrained({quoted})\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({quoted})\n{example}"
-    )
-    by_mean = sentence_encoder.is_one(config)
+    library, use = _use(name, config, format)
     header = {
-        "library_name": "sentence-transformers" if by_mean else "transformers",
-        "pipeline_tag": pipeline,
+        "library_name": library,
+        "pipeline_tag": USES[config.task.kind][0],
         "license": "unknown",
         "tags": ["bigtrain", config.task.kind],
     }
@@ -95,11 +97,27 @@ def model_card(run: Path, name: str, config: Config, checkpoint: Path) -> str:
         f"# {_one_line(name)}",
         _table(("", ""), rows),
         "## Licence\n\nNot chosen yet: name it here and in the header (`license`). Mind the licence of the data.",
-        f"## Use\n\n```python\n{SENTENCE_ENCODER.format(quoted=quoted) if by_mean else use}\n```",
+        f"## Use\n\n```python\n{use}\n```",
         "## Metrics\n\n" + (_table(("metric", "value"), metrics) if metrics else "The run has no result yet."),
         f"## Config\n\n```yaml\n{sections}```",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _use(name: str, config: Config, format: str) -> tuple[str, str]:
+    """(the library that reads it, Python that uses it)"""
+    _, auto_class, example = USES[config.task.kind]
+    quoted = json.dumps(name, ensure_ascii=False)  # as Python writes it too
+    if format == "onnx":
+        texts = '"A question?", "A context."' if config.task.kind == "question_answering" else '"A text."'
+        return "onnx", GRAPH.format(quoted=quoted, texts=texts)
+    if sentence_encoder.is_one(config):
+        return "sentence-transformers", SENTENCE_ENCODER.format(quoted=quoted)
+    return "transformers", (
+        f"from transformers import {auto_class}, AutoTokenizer\n\n"
+        f"model = {auto_class}.from_pretrained({quoted})\n"
+        f"tokenizer = AutoTokenizer.from_pretrained({quoted})\n{example}"
+    )
 
 
 def _privacy(result: dict[str, Any]) -> str:

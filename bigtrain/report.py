@@ -182,11 +182,12 @@ HELD_OUT: dict[str, Any] = {
     "zorder": 4,
 }
 # A line each, never one through both: what is the same model gives other numbers on other examples.
-HELD_OUT_LINES: dict[str, tuple[str, dict[str, Any]]] = {
-    "eval_sample/loss": ("held-out, a sample", HELD_OUT | {"marker": "s", "markersize": 4, "markerfacecolor": "white",
-                                                           "markeredgecolor": None}),
-    "eval/loss": ("held-out", HELD_OUT),
-}  # fmt: skip
+OF_A_SAMPLE = HELD_OUT | {"marker": "s", "markersize": 4, "markerfacecolor": "white", "markeredgecolor": None}
+Lines = dict[str, tuple[str, dict[str, Any]]]  # metric -> what it is called, how it is drawn
+HELD_OUT_LINES, BITS_LINES = (
+    {sample_name(whole): ("held-out, a sample", OF_A_SAMPLE), whole: ("held-out", HELD_OUT)}
+    for whole in ("eval/loss", BITS)
+)
 
 
 def smooth(values: np.ndarray) -> np.ndarray:
@@ -228,7 +229,7 @@ def not_comparable(runs: list[Run]) -> str:
         return f"Different tasks: {', '.join(units)} are not comparable."
     if runs[0].config.get("task.kind") not in OF_TOKENS or len({run.tokenizer for run in runs if run.tokenizer}) < 2:
         return ""
-    instead = "; bits per byte of the same text are" if _any(runs, BITS) else ""
+    instead = "; bits per byte of the same text are" if _any(runs, *BITS_LINES) else ""
     return f"Different tokenizers: {next(iter(units))} are not comparable{instead}."
 
 
@@ -260,9 +261,7 @@ def draw_loss(runs: list[Run]) -> bytes | None:
         _cut_start(axes, runs)
         units = list(dict.fromkeys(map(loss_unit, runs)))
         axes.set_ylabel(units[0] if len(units) == 1 else "loss, of each task its own")
-        for metric, (label, style) in HELD_OUT_LINES.items():  # one entry for all runs
-            if _any(runs, metric):
-                axes.plot([], [], color=MUTED if len(runs) > 1 else COLOURS[1], label=label, **style)
+        _name_lines(axes, runs, HELD_OUT_LINES, COLOURS[1])
         axes.legend(loc="upper right", fontsize=9.5 if len(runs) < 8 else 8, labelcolor=INK)
 
     title = f"Loss\n{caution}" if caution else "Loss"
@@ -270,7 +269,21 @@ def draw_loss(runs: list[Run]) -> bytes | None:
 
 
 def draw_bits(runs: list[Run]) -> bytes | None:
-    return _draw_metric(runs, BITS, "Held-out bits per byte", "whatever the tokenizer", smoothed=False, points=True)
+    """Of all of the held-out set, and of a sample."""
+
+    def draw(axes: Any) -> None:
+        for run, colour, dash in _styles(runs):
+            for metric, (_, style) in BITS_LINES.items():
+                for steps, values in run.stretches(metric):
+                    axes.plot(steps, values, color=colour, **style)
+            if len(runs) > 1:
+                axes.plot([], [], color=colour, linestyle=dash, label=run.name)
+        axes.set_ylabel("whatever the tokenizer")
+        _name_lines(axes, runs, BITS_LINES, COLOURS[0])
+        axes.legend(loc="best", fontsize=8, labelcolor=INK, ncols=1 + (len(runs) - 1) // 5)
+        axes.yaxis.set_major_formatter(_tick)
+
+    return _picture("Held-out bits per byte", SMALL, draw) if _any(runs, *BITS_LINES) else None
 
 
 def draw_lr(runs: list[Run]) -> bytes | None:
@@ -306,11 +319,16 @@ PICTURES: dict[str, Callable[[list[Run]], bytes | None]] = {
 }
 
 
-def _draw_metric(
-    runs: list[Run], metric: str, title: str, unit: str, smoothed: bool, planned: str = "", points: bool = False
-) -> bytes | None:
-    """points: the values are few, and their axis need not begin at zero."""
+def _name_lines(axes: Any, runs: list[Run], lines: Lines, colour: str) -> None:
+    """One entry of the legend for all runs, in `colour` where there is one run."""
+    for metric, (label, style) in lines.items():
+        if _any(runs, metric):
+            axes.plot([], [], color=MUTED if len(runs) > 1 else colour, label=label, **style)
 
+
+def _draw_metric(
+    runs: list[Run], metric: str, title: str, unit: str, smoothed: bool, planned: str = ""
+) -> bytes | None:  # fmt: skip
     def draw(axes: Any) -> None:
         tops = []
         for run, colour, dash in _styles(runs):
@@ -320,15 +338,14 @@ def _draw_metric(
             line = smooth(values) if smoothed else values
             if smoothed:
                 axes.plot(*thin(steps, values), color=colour, alpha=0.18, linewidth=0.8)
-            marker = "o" if points or len(steps) == 1 else None  # a line of one point cannot be seen
+            marker = "o" if len(steps) == 1 else None  # a line of one point cannot be seen
             axes.plot(*thin(steps, line), color=colour, linestyle=dash, linewidth=1.7, label=run.name, marker=marker)
             tops.append(max(np.percentile(values, 99), line[len(line) // 20 :].max()))
             if expected := run.result.get(planned):
                 axes.axhline(expected, color=colour, linestyle=":", linewidth=1)
                 axes.text(steps[0], expected, "planned ", color=colour, fontsize=7, va="bottom")
                 tops.append(expected)
-        if not points:
-            axes.set_ylim(0, 1.15 * max(tops) or None)  # from zero, and a spike does not flatten the rest
+        axes.set_ylim(0, 1.15 * max(tops) or None)  # from zero, and a spike does not flatten the rest
         axes.set_ylabel(unit)
         if len(runs) > 1:
             axes.legend(loc="best", fontsize=8, labelcolor=INK, ncols=1 + (len(runs) - 1) // 5)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +143,11 @@ def test_a_classifier_as_a_graph(tmp_path: Path) -> None:
     found = exported.Onnx(out)(input_ids=ids, attention_mask=mask).logits
     hidden = model.backbone(ids, mask, torch.zeros_like(ids))
     torch.testing.assert_close(found, model.head(model.backbone.pool(hidden)), rtol=1e-4, atol=1e-4)
+    printed = io.StringIO()  # what the model card says to do
+    use = (out / "README.md").read_text().split("```python\n")[1].split("```")[0].replace('"whole"', repr(str(out)))
+    with contextlib.redirect_stdout(printed):
+        exec(use, {})
+    assert "float32" in printed.getvalue()
     small, rough = export_quantized(run, tmp_path / "int8", "onnx", "int8_dynamic")
     assert 1e-4 < rough["logits_difference"] < 0.1 * rough["logits_largest"]
     assert sorted(path.name for path in small.glob("*onnx*")) == ["model.onnx"]
