@@ -7,6 +7,7 @@ late, when it first needs it: torch._dynamo under ZeRO-3, DeepSpeed's optimizers
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib
 import os
@@ -47,5 +48,8 @@ for name in (
 ):
     with contextlib.suppress(ImportError):  # of an extra: whoever wants it will say so
         importlib.import_module(name)
+# DeepSpeed asks for the processor whenever it loads one of its ops, a second each time.
+cpuinfo = importlib.import_module("cpuinfo")
+cpuinfo.get_cpu_info = functools.partial(dict, cpuinfo.get_cpu_info())
 gc.collect()
 gc.freeze()  # else each child's first collection would copy all these pages

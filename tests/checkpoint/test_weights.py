@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,6 +20,7 @@ from bigtrain.checkpoint.weights import (
 )
 from bigtrain.config import DecoderConfig
 from bigtrain.errors import BigtrainError
+from tests.distributed.ranks import run_ranks
 
 CONFIG = DecoderConfig(dim=16, n_layers=2, n_heads=2, vocab_size=64, max_seq_len=8)
 
@@ -112,8 +110,9 @@ def test_what_fits_is_loaded_and_the_rest_is_told() -> None:
 # ------------------------------------------------------------------------------- a model sharded by zero.Init
 
 
-def run_rank(directory: Path) -> None:
+def run_rank(folder: str) -> None:
     """One of two gloo ranks: only rank 0 can read the weights' bytes, and both end up with all weights."""
+    directory = Path(folder)
     import deepspeed
 
     from bigtrain.models.stored import StoredTensors
@@ -159,25 +158,4 @@ def test_only_rank_0_reads_for_a_sharded_model(tmp_path: Path) -> None:
     wanted = parameters(models.build(CONFIG))
     torch.save(wanted, tmp_path / "wanted.pt")
     write_weights(tmp_path, wanted.items())
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=180)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
-
-
-if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]))
-    torch.distributed.barrier()
-    os._exit(0)  # as bigtrain's own ranks end: gloo's threads do not always survive an orderly exit
+    run_ranks(f"{__name__}:run_rank", 2, {"folder": str(tmp_path)})

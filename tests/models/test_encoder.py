@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ from bigtrain.config import EncoderConfig
 from bigtrain.models import Encoder, build, count_parameters, flops_per_token
 from bigtrain.models import unpadded as unpadded_module
 from bigtrain.models.heads import ClassificationHead, MaskedLMHead, PairHead, TaggingHead
+from tests.distributed.ranks import run_ranks
 
 BERT = EncoderConfig(dim=64, n_layers=2, n_heads=4, vocab_size=97, max_seq_len=32, init_std=0.1)
 MODERN = EncoderConfig(
@@ -340,7 +338,7 @@ def loss_of(model: nn.Module, rank: int) -> Tensor:
     return loss
 
 
-def run_rank(output: Path) -> None:
+def run_rank(output: str) -> None:
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
@@ -364,27 +362,10 @@ def run_rank(output: Path) -> None:
     gradients = {key: safe_get_full_grad(parameter) for key, parameter in model.named_parameters()}
     if int(os.environ["RANK"]) == 0:
         torch.save({"loss": loss.detach(), "gradients": gradients}, output)
-    torch.distributed.barrier()  # a rank that leaves while the other still talks to it aborts
-    torch.distributed.destroy_process_group()
 
 
 def test_zero_3_gives_the_same_loss_and_gradients(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path / "result.pt")],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [process.communicate(timeout=180)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], outputs
+    run_ranks(f"{__name__}:run_rank", 2, {"output": str(tmp_path / "result.pt")})
     result = torch.load(tmp_path / "result.pt")
     torch.manual_seed(0)
     plain = Pretraining()
@@ -395,7 +376,3 @@ def test_zero_3_gives_the_same_loss_and_gradients(tmp_path: Path) -> None:
     assert result["gradients"].keys() == expected.keys()
     for key, gradient in result["gradients"].items():
         torch.testing.assert_close(gradient, expected[key].grad, rtol=1e-4, atol=1e-5, msg=key)
-
-
-if __name__ == "__main__":
-    run_rank(Path(sys.argv[1]))

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +11,7 @@ import torch
 
 from bigtrain.config import DecoderConfig
 from bigtrain.models import build
+from tests.distributed.ranks import run_ranks
 
 LLAMA = {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "bias": False, "tie_embeddings": False}
 CONFIGS = {
@@ -28,7 +26,7 @@ def loss_of(model: torch.nn.Module) -> torch.Tensor:
     return loss / tokens.numel()
 
 
-def run_rank(name: str, dtype: str, output: Path) -> None:
+def run_rank(name: str, dtype: str, output: str) -> None:
     """One gloo rank: build inside zero.Init, save the gathered weights, the loss and the gathered gradients."""
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
@@ -58,30 +56,13 @@ def run_rank(name: str, dtype: str, output: Path) -> None:
     gradients = {key: safe_get_full_grad(parameter) for key, parameter in model.named_parameters()}
     if int(os.environ["RANK"]) == 0:
         torch.save({"weights": weights, "loss": loss.detach(), "gradients": gradients}, output)
-    torch.distributed.barrier()  # or a rank that is still in its last collective would lose its peer
-    os._exit(0)  # as bigtrain's own ranks end
 
 
 @pytest.mark.parametrize(
     ("name", "dtype", "ranks"), [("gpt", "fp32", 1), ("gpt", "fp32", 2), ("gpt", "bf16", 2), ("llama", "fp32", 2)]
 )
 def test_zero_init(name: str, dtype: str, ranks: int, tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, name, dtype, str(tmp_path / "result.pt")],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank), "DS_ACCELERATOR": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    outputs = [process.communicate(timeout=180)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0] * ranks, outputs
+    run_ranks(f"{__name__}:run_rank", ranks, {"name": name, "dtype": dtype, "output": str(tmp_path / "result.pt")})
     result = torch.load(tmp_path / "result.pt")
 
     config = CONFIGS[name]
@@ -103,7 +84,3 @@ def test_zero_init(name: str, dtype: str, ranks: int, tmp_path: Path) -> None:
     for key, gradient in result["gradients"].items():
         error = (gradient - expected[key].grad).norm() / expected[key].grad.norm()
         assert error < (5e-2 if half else 1e-4), (key, error)
-
-
-if __name__ == "__main__":
-    run_rank(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

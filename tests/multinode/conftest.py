@@ -14,7 +14,7 @@ from tests.runs import bigtrain, losses
 
 TINY = [
     "experiment=tiny", "logger.progress=false", "train.eval_every=0", "train.eval_batches=1", "model.dim=16",
-    "data.tokenizer.vocab_size=300", "launch.device=cpu", "launch.threads_per_rank=1",
+    "data.tokenizer.vocab_size=300", "data.held_out=0.01", "launch.device=cpu", "launch.threads_per_rank=1",
 ]  # fmt: skip
 FOREVER = ["train.steps=1000000", "schedule=constant", "schedule.warmup_steps=0"]
 
