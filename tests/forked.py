@@ -39,6 +39,8 @@ _shown: list[Any] = []  # memory that /proc reads
 
 def run(arguments: list[str], environment: dict[str, str], directory: str, out: str, err: str) -> NoReturn:
     """Be `bigtrain ARGUMENTS`: called in a process that has just been forked from the zygote."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     _modules.update(sys.modules)
     _levels.update({name: logging.getLogger(name).level for name in logging.Logger.manager.loggerDict})
     for path, number in ((os.devnull, 0), (out, 1), (err, 2)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,15 +42,58 @@ def _started(arguments: tuple[str, ...], cwd: Path | None, timeout: float) -> tu
 
 
 def _forked(arguments: tuple[str, ...], cwd: Path | None, timeout: float) -> tuple[int, str]:
-    with tempfile.TemporaryDirectory() as folder:
-        out, err = Path(folder, "out"), Path(folder, "err")
-        process = ranks.fork(forked.run, list(arguments), dict(os.environ), str(cwd or os.getcwd()), str(out), str(err))
-        process.join(timeout)
-        if process.exitcode is None:
-            process.kill()
-            process.join()
-            raise subprocess.TimeoutExpired(command(*arguments), timeout)
-        return process.exitcode, "".join(path.read_text(errors="replace") for path in (out, err) if path.exists())
+    running = Running(*arguments, cwd=cwd)
+    try:
+        out, err = running.communicate(timeout)
+    except subprocess.TimeoutExpired:
+        running.kill()
+        running.wait()
+        raise
+    return running.wait(), out + err
+
+
+class Running:
+    """A command that is forked and goes on, in a session of its own; with what of a Popen tests use."""
+
+    def __init__(self, *arguments: str, cwd: Path | None = None) -> None:
+        self._arguments = arguments
+        self._folder = tempfile.TemporaryDirectory()
+        self._written = [Path(self._folder.name, name) for name in ("out", "err")]
+        files = map(str, self._written)
+        self._process = ranks.fork(forked.run, list(arguments), dict(os.environ), str(cwd or os.getcwd()), *files)
+        assert self._process.pid is not None
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            assert timeout is not None
+            raise subprocess.TimeoutExpired(command(*self._arguments), timeout)
+        return self._process.exitcode
+
+    def communicate(self, timeout: float) -> tuple[str, str]:
+        """Standard output and standard error, once it has ended."""
+        self.wait(timeout)
+        return self.said()
+
+    def said(self) -> tuple[str, str]:
+        """So far."""
+        out, err = (path.read_text(errors="replace") if path.exists() else "" for path in self._written)
+        return out, err
+
+    def send_signal(self, number: signal.Signals) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
 
 
 def _logs(arguments: tuple[str, ...]) -> str:

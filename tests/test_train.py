@@ -15,7 +15,7 @@ import pytest
 from bigtrain.checkpoint import checkpoints
 from bigtrain.checkpoint.weights import read_weights
 from bigtrain.config import load
-from tests.runs import TINY, bigtrain, command, losses, metrics, result
+from tests.runs import TINY, Running, bigtrain, losses, metrics, result
 
 import torch  # isort: skip
 
@@ -86,17 +86,14 @@ def test_resume_after_ctrl_c_continues_bit_for_bit(uninterrupted: Path, tmp_path
     run = tmp_path / "interrupted"
     arguments = [*TINY, "model.dropout=0.1", "train.steps=24", f"run_dir={run}", f"data.cache_dir={data_cache}"]
     # Slow enough to be stopped in the middle: evaluating after every step changes nothing that is learned.
-    process = subprocess.Popen(
-        command("train", *arguments, "train.eval_every=1", "train.eval_batches=32"),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    process = Running("train", *arguments, "train.eval_every=1", "train.eval_batches=32")
     deadline = time.monotonic() + 120
     while not (run / "metrics.jsonl").exists() or len(losses(run)) < 3:
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert process.poll() is None, process.said()
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    output = "".join(process.communicate(timeout=120))
     assert process.returncode == 0, output
     assert "to continue: bigtrain train" in output
     stopped = result(run)

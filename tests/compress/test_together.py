@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import time
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from bigtrain.config import DecoderConfig, load, to_dict
 from bigtrain.models import huggingface
 from bigtrain.models.huggingface import names
 from tests.distributed.ranks import run_ranks
-from tests.runs import TINY, bigtrain, command, losses, metrics, result
+from tests.runs import TINY, Running, bigtrain, losses, metrics, result
 
 STEPS = 12
 GROUP = 32  # of conf/compress/qat_int4.yaml
@@ -40,7 +39,7 @@ def test_half_sparse_int4_and_distilled_under_zero3_survives_a_kill(
         "compress.prune.sparsity=0.5", "compress.prune.schedule={begin: 1, end: 6, every: 1}",
         f"compress.distil.teacher={trained_run}", "compress.distil.hidden=0.1", "compress.distil.teacher_sharded=true",
     ]  # fmt: skip
-    process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = Running(*arguments)
     deadline = time.monotonic() + 200
     while not (run / "checkpoints" / "step-00000003" / "manifest.json").is_file():
         assert process.poll() is None, "ended before it could be killed"

@@ -22,6 +22,7 @@ import pytest
 from bigtrain.config import from_dict
 from bigtrain.launch import local
 from bigtrain.launch.supervise import WORKER
+from tests.runs import Running
 
 pytestmark = pytest.mark.timeout(300)
 FOREVER = "train.steps=1000000"
@@ -37,14 +38,11 @@ class Command:
             "data.tokenizer.vocab_size=300", "data.held_out=0.2", "model.max_seq_len=16", "model.dim=16",
             "train.eval_every=0", "logger.progress=false", "launch.ranks=2", "launch.device=cpu",
         ]  # fmt: skip
-        self.started: list[subprocess.Popen[str]] = []
+        self.started: list[Running] = []
         self.owned = Owned(folder)
 
-    def start(self, *overrides: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "bigtrain.cli", "train", *self.base, *overrides],
-            cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        )  # fmt: skip
+    def start(self, *overrides: str) -> Running:
+        process = Running("train", *self.base, *overrides, cwd=self.folder)
         self.started.append(process)
         return process
 
@@ -73,9 +71,9 @@ def commands(folder: Path, corpus: Path) -> Iterator[Command]:
     assert command.owned.left_behind() == []
 
 
-def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def finish(process: Running) -> tuple[int, str, str]:
     out, error = process.communicate(timeout=240)
-    return process.returncode, out, "".join(line for line in error.splitlines(True) if "native op" not in line)
+    return process.wait(), out, "".join(line for line in error.splitlines(True) if "native op" not in line)
 
 
 def ranks(folder: Path) -> dict[int, psutil.Process]:
@@ -134,7 +132,7 @@ def shared_memory() -> list[str]:
     return sorted(names)
 
 
-def wait_for_steps(process: subprocess.Popen[str], run: Path, count: int) -> None:
+def wait_for_steps(process: Running, run: Path, count: int) -> None:
     """Return once the run has taken so many steps."""
     limit = time.monotonic() + 150
     while len(steps(run)) < count:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ import psutil
 import pytest
 
 from tests.launch.test_local import Command, commands, finish, ranks, steps, wait_for_steps
-from tests.runs import losses, result
+from tests.runs import Running, losses, result
 
 pytestmark = pytest.mark.timeout(400)
 SAVING = ["train.steps=1000000", "train.save_every=5", "schedule=constant", "schedule.warmup_steps=0"]
@@ -54,7 +53,7 @@ def trouble(tmp_path: Path, what: str) -> list[str]:
     return [f"launch.env.TROUBLE='{what}'", f"launch.env.PYTHONPATH='{path}'"]
 
 
-def restarted(process: subprocess.Popen[str], run: Path, count: int) -> list[dict[str, object]]:
+def restarted(process: Running, run: Path, count: int) -> list[dict[str, object]]:
     """The record of restarts once there are so many and the run has logged a step after the last."""
     limit = time.monotonic() + 150
     while not (run / "restarts.jsonl").exists() or len(lines(run)) < count:
@@ -68,12 +67,12 @@ def lines(run: Path) -> list[dict[str, object]]:
     return [json.loads(line) for line in (run / "restarts.jsonl").read_text().splitlines()]
 
 
-def stop(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+def stop(process: Running) -> tuple[int, str, str]:
     process.send_signal(signal.SIGTERM)
     return finish(process)
 
 
-def log_time_after(run: Path, moment: float, process: subprocess.Popen[str]) -> float:
+def log_time_after(run: Path, moment: float, process: Running) -> float:
     """When the first step after `moment` was logged."""
     limit = time.monotonic() + 150
     while time.monotonic() < limit:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from bigtrain.config import DecoderConfig
 from bigtrain.launch.train import checked
 from bigtrain.plan import sizes as planned
 from bigtrain.sweep import trials
-from tests.runs import TINY, bigtrain, command, result
+from tests.runs import TINY, Running, bigtrain, result
 
 QUICK = [*TINY, "launch.ranks=1", "logger=quiet", "train.eval_every=0"]
 OPTUNA = ["hydra/sweeper=optuna", "optimizer.lr=tag(log,interval(1e-4,1e-1))", "model.dim=choice(16,32)"]
@@ -107,13 +106,13 @@ def test_twelve_trials_one_of_which_is_killed(tmp_path: Path, data_cache: Path) 
     sweep = tmp_path / "s"
     typed = ["train", "-m", *QUICK, *OPTUNA, f"run_dir={sweep}", f"data.cache_dir={data_cache}", "train.steps=60",
              "train.eval_every=10", "hydra.sweeper.n_trials=12", "launch.restarts=0"]  # fmt: skip
-    process = subprocess.Popen(command(*typed), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = Running(*typed)
     killed = sweep / "4"
     while process.poll() is None and not (killed / "metrics.jsonl").exists():
         time.sleep(0.1)
     (beat,) = runs.heartbeats(killed)
     os.kill(int(beat["process"]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=1500)
+    output = "".join(process.communicate(timeout=1500))
     assert process.returncode == 1, output
     states = {trial.number: trial.status for trial in trials.read(sweep)}
     assert list(states) == list(range(12))
