@@ -26,7 +26,7 @@ RANKS = ["launch.ranks=2", "launch.device=cpu", "logger.progress=false"]
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory, data_cache: Path) -> Path:
     run = tmp_path_factory.mktemp("runs") / "classification"
-    settings = ["train.steps=200", "train.eval_every=0", f"data.cache_dir={data_cache}"]
+    settings = ["train.steps=120", "optimizer.lr=3e-3", "train.eval_every=0", f"data.cache_dir={data_cache}"]
     bigtrain("train", "experiment=classification", *settings, *RANKS, f"run_dir={run}")
     return run
 
@@ -89,7 +89,7 @@ def test_tagging_finds_entities(tmp_path: Path, data_cache: Path) -> None:
 
 def test_questions_are_answered(tmp_path: Path, data_cache: Path) -> None:
     run = tmp_path / "questions"
-    settings = ["train.steps=120", "train.eval_every=0", f"data.cache_dir={data_cache}"]
+    settings = ["train.steps=70", "train.eval_every=0", f"data.cache_dir={data_cache}"]
     bigtrain("train", "experiment=question_answering", *settings, *RANKS, f"run_dir={run}")
     done = result(run)
     assert done["eval/exact_match"] > done["eval/none_exact_match"] + 0.1
@@ -116,7 +116,7 @@ def by_frequency(run: Path) -> float:
 
 def test_responses_are_learned(tmp_path: Path, data_cache: Path) -> None:
     run = tmp_path / "instruction"
-    settings = ["train.steps=90", "train.eval_every=0", f"data.cache_dir={data_cache}"]
+    settings = ["train.steps=60", "optimizer.lr=2e-3", "train.eval_every=0", f"data.cache_dir={data_cache}"]
     bigtrain("train", "experiment=instruction", *settings, *RANKS, f"run_dir={run}")
     assert result(run)["eval/loss"] < by_frequency(run) - 0.2
     written = bigtrain("generate", str(run), "--prompt", "def close(self):", "--max-new-tokens", "8")
@@ -160,8 +160,8 @@ def test_docstrings_can_be_what_a_translation_learns(tmp_path: Path, data_cache:
 
 def test_masked_words_are_restored_and_the_encoder_passed_on(tmp_path: Path, data_cache: Path) -> None:
     run = tmp_path / "pretrain"
-    settings = ["train.steps=300", "train.eval_every=0", "schedule=constant", "schedule.warmup_steps=80"]
-    settings.append(f"data.cache_dir={data_cache}")
+    settings = ["train.steps=280", "train.eval_every=0", "schedule=constant", "schedule.warmup_steps=60"]
+    settings += ["model.dim=64", "optimizer.lr=4e-3", f"data.cache_dir={data_cache}"]
     bigtrain("train", "experiment=bert_pretrain", *settings, *RANKS, f"run_dir={run}")
     done = result(run)
     assert done["eval/masked_accuracy"] > 0.06  # the most frequent token alone: 0.03

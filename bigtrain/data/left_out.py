@@ -129,8 +129,8 @@ def say_and_record(left_out: LeftOut, prepared: Path, file: TextIO | None = None
     """
     if left_out:
         print(left_out.line(), file=file, flush=True)
-    file = prepared / META
+    meta_file = prepared / META
     with suppress(OSError, ValueError):  # a cache that may only be read, or whose damage its reader will name
-        meta = json.loads(file.read_text(encoding="utf-8"))
+        meta = json.loads(meta_file.read_text(encoding="utf-8"))
         if meta.get("left_out", {}) != (record := left_out.record() if left_out else {}):
-            write_atomic(file, json.dumps(meta | {"left_out": record}, indent=2, ensure_ascii=False) + "\n")
+            write_atomic(meta_file, json.dumps(meta | {"left_out": record}, indent=2, ensure_ascii=False) + "\n")
